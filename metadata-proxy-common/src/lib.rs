@@ -1,0 +1,142 @@
+//! What the BPF programs and the daemon must agree on: map layouts, addresses, names.
+//!
+//! Every struct here is a map key or value: `repr(C)`, no implicit padding (the kernel hashes keys
+//! byte by byte), and byte order said where a field is not in host order.
+
+#![no_std]
+
+/// Raised whenever a layout in this file changes. Pinned maps live in a directory of this version,
+/// because nothing checks the layout of a map that is opened by its pin.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// The IPv4 address of IMDS, 169.254.169.254, as it stands in a packet.
+pub const IMDS_V4: u32 = u32::from_ne_bytes([169, 254, 169, 254]);
+/// The IPv6 address of IMDS, `fd00:ec2::254`, as it stands in a packet.
+pub const IMDS_V6: [u32; 4] =
+    [u32::from_ne_bytes([0xfd, 0x00, 0x0e, 0xc2]), 0, 0, u32::from_ne_bytes([0, 0, 0x02, 0x54])];
+/// The port of IMDS, in host order.
+pub const IMDS_PORT: u16 = 80;
+
+/// The loopback address that the daemon's listeners take in every network namespace,
+/// 127.169.254.169, as it stands in a packet. Not 127.0.0.1, where a container's own servers live.
+pub const LISTENER_V4: u32 = u32::from_ne_bytes([127, 169, 254, 169]);
+/// The same address in the order in which it is read.
+pub const LISTENER_OCTETS: [u8; 4] = [127, 169, 254, 169];
+/// The port a listener takes unless something squats on it.
+pub const LISTENER_PORT: u16 = 16925;
+
+/// How many levels of cgroup ancestors a flow remembers, from the root's children down.
+/// Engines put containers at level 2 to 4; deeper levels are the containers' own.
+pub const CGROUP_LEVELS: usize = 8;
+
+/// What the daemon tells the programs once, at start.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Cookie of the network namespace in which the host's own processes live.
+    pub host_netns: u64,
+    /// First SYN timeout of an intercepted connection, in jiffies.
+    pub syn_timeout: u32,
+    /// `TCP_SYNCNT` of an intercepted connection: how often it retries while it is held.
+    pub syn_retries: u32,
+}
+
+/// Who opened an intercepted connection, as the kernel saw it at connect time.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Cgroup id of the connecting task.
+    pub cgroup: u64,
+    /// Ids of its ancestors at level 1, 2, ... (itself included); 0 where the path has ended.
+    pub ancestors: [u64; CGROUP_LEVELS],
+    /// Cookie of the socket's network namespace.
+    pub netns: u64,
+    /// Process id of the connecting task, in the initial pid namespace.
+    pub pid: u32,
+    pub pad: u32,
+}
+
+/// Kept in the storage of each client socket that asked for an IMDS address, so that it lives and
+/// dies with the socket and nobody else can evict it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Client {
+    pub flow: Flow,
+    /// One of the `VERDICT_*` values.
+    pub verdict: u32,
+    /// The port asked for, in network order, in the lower half.
+    pub port: u32,
+    /// The address asked for, network order; an IPv4 one stands in the last word.
+    pub address: [u32; 4],
+}
+
+/// The socket belongs to a container: redirected, and never let through to the real service.
+pub const VERDICT_REDIRECTED: u32 = 1;
+/// The socket belongs to a host process: the real service is its own.
+pub const VERDICT_APPROVED: u32 = 2;
+
+/// Finds the flow of a connection between its SYN and its acceptance.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowKey {
+    pub netns: u64,
+    /// Source address, network order.
+    pub address: u32,
+    /// Source port, host order.
+    pub port: u32,
+}
+
+/// A container wants to talk and its network namespace has no listener yet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    pub netns: u64,
+    /// A process in that namespace, in the initial pid namespace.
+    pub pid: u32,
+    pub pad: u32,
+}
+
+/// Indices of the `COUNTERS` map.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// Connections of containers redirected to a listener.
+    Redirected,
+    /// Connections of host processes left alone.
+    Approved,
+    /// Connection attempts straight to a listener's address, refused.
+    Direct,
+    /// SYNs held back because their namespace has no listener yet.
+    Held,
+    /// Packets to an IMDS address from a socket that is not approved, dropped.
+    Guarded,
+    /// Accepted connections that were handed their flow.
+    Accepted,
+    /// Accepted connections without a recorded flow; the daemon closes them.
+    Unknown,
+    /// Requests for a listener that found the ring buffer full.
+    WantedLost,
+}
+
+impl Counter {
+    pub const ALL: [Self; 8] = [
+        Self::Redirected,
+        Self::Approved,
+        Self::Direct,
+        Self::Held,
+        Self::Guarded,
+        Self::Accepted,
+        Self::Unknown,
+        Self::WantedLost,
+    ];
+}
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::{Flow, Settings};
+
+    // SAFETY: `repr(C)`, integers only, no padding: any bytes are a value and every byte is one.
+    unsafe impl aya::Pod for Settings {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Flow {}
+}

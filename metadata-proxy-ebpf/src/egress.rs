@@ -1,0 +1,107 @@
+//! Every packet that leaves a socket: *hold* an intercepted SYN until its namespace has a listener,
+//! and *guard* the IMDS addresses against whatever connect(2) has not approved.
+
+use aya_ebpf::{bindings::__sk_buff, programs::SkBuffContext};
+use metadata_proxy_common::{Counter, FlowKey, IMDS_V4, IMDS_V6, LISTENER_V4, VERDICT_APPROVED, VERDICT_REDIRECTED};
+
+use crate::maps::{FLOWS, client_of_packet, count, listener};
+
+const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
+const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
+const IPPROTO_TCP: u8 = 6;
+/// Version 4 and a header of five words: no IP options.
+const PLAIN_IPV4: u8 = 0x45;
+const TCP_SYN: u8 = 0x02;
+const TCP_ACK: u8 = 0x10;
+
+/// Whether the packet may leave.
+///
+/// The destination is read from the packet, because a raw or unconnected socket has no peer; and
+/// straight from its linear part, which costs less than half of a helper call.
+pub fn verdict(ctx: &SkBuffContext) -> bool {
+    // SAFETY: the context outlives the program.
+    let skb = unsafe { &*ctx.skb.skb };
+    match skb.protocol {
+        ETH_P_IP => v4(skb),
+        ETH_P_IPV6 => v6(skb),
+        _ => true,
+    }
+}
+
+#[inline(always)]
+fn v4(skb: &__sk_buff) -> bool {
+    let Some(destination) = load::<u32>(skb, 16) else {
+        return true; // shorter than an IP header: it goes nowhere
+    };
+    match destination {
+        IMDS_V4 => guard(skb),
+        LISTENER_V4 => to_listener(skb),
+        _ => true,
+    }
+}
+
+#[inline(always)]
+fn v6(skb: &__sk_buff) -> bool {
+    match load::<u32>(skb, 36) {
+        Some(last) if last == IMDS_V6[3] => {}
+        _ => return true,
+    }
+    if load::<u32>(skb, 24) == Some(IMDS_V6[0]) && load::<u32>(skb, 28) == Some(0) && load::<u32>(skb, 32) == Some(0) {
+        return guard(skb);
+    }
+    true
+}
+
+/// Default deny: only sockets that connect(2) has approved talk to the real service.
+#[inline(always)]
+fn guard(skb: &__sk_buff) -> bool {
+    // SAFETY: `sk` of the context.
+    let client = unsafe { client_of_packet(skb.__bindgen_anon_2.sk) };
+    let approved = client.is_some_and(|client| client.verdict == VERDICT_APPROVED);
+    if !approved {
+        count(Counter::Guarded);
+    }
+    approved
+}
+
+/// A packet to the listener's address. Only intercepted connections get there, and a SYN only when
+/// the daemon listens on the very port: what squats on the address never sees a client.
+#[inline(always)]
+fn to_listener(skb: &__sk_buff) -> bool {
+    if load::<u8>(skb, 9) != Some(IPPROTO_TCP) {
+        return true;
+    }
+    // SAFETY: `sk` of the context.
+    let Some(client) = (unsafe { client_of_packet(skb.__bindgen_anon_2.sk) }) else {
+        return false;
+    };
+    if client.verdict != VERDICT_REDIRECTED || load::<u8>(skb, 0) != Some(PLAIN_IPV4) {
+        return false;
+    }
+    let (Some(source), Some(port), Some(flags)) = (load::<u32>(skb, 12), load::<u16>(skb, 22), load::<u8>(skb, 33))
+    else {
+        return false;
+    };
+    if flags & (TCP_SYN | TCP_ACK) != TCP_SYN {
+        return true; // an established connection lives on while the daemon drains
+    }
+    if listener(client.flow.netns) != Some(u32::from(u16::from_be(port))) {
+        count(Counter::Held);
+        return false;
+    }
+    // Here and not at connect time: the source port is known only now, and on loopback the handshake
+    // completes before this call returns.
+    let key = FlowKey { netns: client.flow.netns, address: source, port: skb.local_port };
+    FLOWS.insert(&key, &client.flow, 0).is_ok()
+}
+
+/// One value at this offset of the IP packet, where the packet's linear part reaches that far.
+#[inline(always)]
+fn load<T: Copy>(skb: &__sk_buff, offset: usize) -> Option<T> {
+    let start = skb.data as usize + offset;
+    if start + size_of::<T>() > skb.data_end as usize {
+        return None;
+    }
+    // SAFETY: within the packet, as just checked; the verifier knows packet pointers to be readable.
+    Some(unsafe { (start as *const T).read_unaligned() })
+}

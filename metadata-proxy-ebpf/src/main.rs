@@ -1,0 +1,66 @@
+//! The BPF programs of metadata-proxy.
+//!
+//! They decide only from numbers in their maps: they know no containers, roles or policies, and no
+//! credential ever enters them. One file per hook; this one holds the entry points, each a shim, so
+//! that what is attached where can be read at a glance.
+
+#![no_std]
+#![no_main]
+
+mod connect;
+mod egress;
+mod maps;
+mod peer;
+mod sockops;
+
+use aya_ebpf::{
+    macros::{cgroup_skb, cgroup_sock_addr, sock_ops},
+    programs::{SkBuffContext, SockAddrContext, SockOpsContext},
+};
+
+// A program must not be named like a section ("sockops", "classifier"): the linker takes the two
+// for one symbol. Hence the prefix.
+
+#[cgroup_sock_addr(connect4)]
+pub fn imds_connect4(ctx: SockAddrContext) -> i32 {
+    connect::v4(&ctx) as i32
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn imds_connect6(ctx: SockAddrContext) -> i32 {
+    connect::v6(&ctx) as i32
+}
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn imds_getpeername4(ctx: SockAddrContext) -> i32 {
+    peer::v4(&ctx);
+    1 // the verifier accepts no other value from this hook
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn imds_getpeername6(ctx: SockAddrContext) -> i32 {
+    peer::v6(&ctx);
+    1
+}
+
+#[sock_ops]
+pub fn imds_sock_ops(ctx: SockOpsContext) -> u32 {
+    sockops::handle(&ctx);
+    1
+}
+
+#[cgroup_skb(egress)]
+pub fn imds_egress(ctx: SkBuffContext) -> i32 {
+    egress::verdict(&ctx) as i32
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+// Some helpers are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,113 @@
+//! The maps, and the few things every hook does with them.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    btf_maps::SkStorage,
+    helpers::generated::{bpf_sk_fullsock, bpf_sk_storage_get},
+    macros::{btf_map, map},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
+};
+use metadata_proxy_common::{Client, Counter, Flow, FlowKey, Settings};
+
+#[map]
+static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+
+/// Cgroup ids of known containers. Asked only for sockets in the host's network namespace.
+#[map]
+static CONTAINERS: HashMap<u64, u32> = HashMap::with_max_entries(16384, 0);
+
+/// Network namespace cookie -> port of the daemon's listener there, host order.
+#[map]
+static LISTENERS: HashMap<u64, u32> = HashMap::with_max_entries(16384, 0);
+
+/// Flows between their SYN and their acceptance: on loopback a matter of microseconds. The kernel
+/// drops the oldest when it is full; the daemon refuses a connection whose flow is gone.
+#[map]
+pub static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(16384, 0);
+
+/// Namespaces that need a listener.
+#[map]
+pub static WANTED: RingBuf = RingBuf::with_byte_size(1 << 16, 0);
+
+#[map]
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
+
+/// State of client sockets that asked for an IMDS address.
+#[btf_map]
+pub static CLIENTS: SkStorage<Client> = SkStorage::new();
+
+/// Flow of the connections that a listener has accepted; read by the daemon.
+#[btf_map]
+static ACCEPTED: SkStorage<Flow> = SkStorage::new();
+
+pub fn settings() -> Option<&'static Settings> {
+    SETTINGS.get(0)
+}
+
+pub fn is_container(cgroup: u64) -> bool {
+    // SAFETY: the value is not read, only its presence.
+    unsafe { CONTAINERS.get(&cgroup) }.is_some()
+}
+
+/// Port of the listener in this namespace, host order.
+pub fn listener(netns: u64) -> Option<u32> {
+    // SAFETY: an aligned u32, which a concurrent update replaces as a whole.
+    unsafe { LISTENERS.get(&netns) }.copied()
+}
+
+pub fn count(counter: Counter) {
+    if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: a slot of this CPU, which this program does not leave while it runs.
+        unsafe { *slot += 1 }
+    }
+}
+
+/// The state of a socket, given where a hook finds a `bpf_sock`.
+///
+/// # Safety
+/// `sk` is the `sk` field of the running program's context.
+#[inline(always)]
+pub unsafe fn client_of(sk: *mut bpf_sock) -> Option<&'static Client> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: not null; the verifier holds us to the rest.
+    unsafe { bpf_sk_storage_get(map_ptr(&CLIENTS), sk.cast(), core::ptr::null_mut(), 0).cast::<Client>().as_ref() }
+}
+
+/// Gives an accepted socket its flow. Fails only for want of memory; then the daemon refuses it.
+///
+/// # Safety
+/// `sk` is the `sk` field of the running program's context.
+#[inline(always)]
+pub unsafe fn set_flow(sk: *mut bpf_sock, mut flow: Flow) {
+    // SAFETY: the value lives on our stack; the verifier refuses a null `sk`.
+    unsafe {
+        bpf_sk_storage_get(
+            map_ptr(&ACCEPTED),
+            sk.cast(),
+            core::ptr::from_mut(&mut flow).cast(),
+            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+        );
+    }
+}
+
+/// `SkStorage` keeps this to itself, and takes only the context of a connect hook.
+fn map_ptr<T>(map: &'static SkStorage<T>) -> *mut c_void {
+    core::ptr::from_ref(map).cast_mut().cast()
+}
+
+/// The same as `client_of` for a packet, whose socket may be a request or time-wait socket without storage.
+///
+/// # Safety
+/// `sk` is the `sk` field of the running program's `__sk_buff`.
+#[inline(always)]
+pub unsafe fn client_of_packet(sk: *mut bpf_sock) -> Option<&'static Client> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: not null.
+    unsafe { client_of(bpf_sk_fullsock(sk)) }
+}

@@ -1,0 +1,206 @@
+//! The composition root: builds everything from the configuration, runs it, and takes it down.
+
+use std::{collections::HashSet, path::Path, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use aws_lc_rs::rand;
+use jiff::Timestamp;
+use metadata_proxy_common::Settings;
+use rustix::{
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+    time::{ClockId, clock_getres},
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    config::Config,
+    containers::{Registry, docker::Engine},
+    credentials::{self, Aws, Store},
+    imds::{Imds, TokenKey},
+    interceptor::{self, Interceptor, preflight},
+    listeners::{Listeners, netns},
+    server::Server,
+    upstream::Upstream,
+    workload::{Workload, Workloads},
+};
+
+/// How long a listener that no container holds stays open unused.
+const IDLE: Duration = Duration::from_secs(30);
+/// Accepted connections that wait for the server to take them.
+const QUEUE: usize = 1024;
+
+/// First SYN timeout of an intercepted connection, and how long it is held at most.
+const SYN_TIMEOUT: Duration = Duration::from_millis(8);
+const HOLD_BUDGET: Duration = Duration::from_secs(4);
+
+pub(crate) fn run(config: Config) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?
+        .block_on(serve(config))
+}
+
+pub(crate) fn detach(bpffs: &Path) -> anyhow::Result<()> {
+    let removed = interceptor::detach(bpffs).with_context(|| format!("cannot detach from {}", bpffs.display()))?;
+    for pin in &removed {
+        eprintln!("removed {}", pin.display());
+    }
+    if removed.is_empty() {
+        eprintln!("nothing is attached");
+    }
+    Ok(())
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+
+    preflight::capabilities()?;
+    raise_file_limit();
+    let cgroup = preflight::cgroup(config.cgroup.as_deref())?;
+    let cgroup2 = preflight::cgroup2_mount()?;
+    preflight::bpffs(&config.bpffs)?;
+    // Before anything is attached: without an engine nobody could be told apart.
+    let engine = Engine::connect(&config.docker_host).await?;
+
+    let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
+    let credentials = Arc::new(Store::new(Arc::clone(&aws), credentials::Settings::default()));
+    tokio::spawn(async move { introduce(&aws).await });
+    let (interceptor, wanted) = Interceptor::attach(&interceptor::Options {
+        cgroup: &cgroup,
+        bpffs: &config.bpffs,
+        settings: settings()?,
+        debug: tracing::enabled!(target: "metadata_proxy", tracing::Level::DEBUG),
+    })?;
+    let interceptor = Arc::new(interceptor);
+
+    let (sender, connections) = mpsc::channel(QUEUE);
+    let listeners = Listeners::new(Arc::clone(&interceptor), sender)?;
+    let workloads = Workloads {
+        interceptor: Arc::clone(&interceptor),
+        listeners: Arc::clone(&listeners),
+        credentials: Arc::clone(&credentials),
+        default_role: config.default_role,
+    };
+    let registry = Arc::new(Registry::new(engine, cgroup2, move |container| workloads.admit(container)));
+    let (endpoint, policy) = config.upstream.map(|upstream| (upstream.endpoint, upstream.policy)).unzip();
+    let server = Arc::new(Server {
+        registry: Arc::clone(&registry),
+        imds: Imds::new(token_key()?, policy, Timestamp::now()),
+        imds_of_strangers: Imds::new(token_key()?, None, Timestamp::now()),
+        credentials,
+        upstream: endpoint.map(Upstream::new),
+        require_imdsv2: config.require_imdsv2,
+        connections: Arc::default(),
+    });
+    let stop = CancellationToken::new();
+    let server = tokio::spawn(server.run(connections, stop.clone()));
+
+    registry.resync().await.context("cannot ask the engine for its containers")?;
+    let sweeper = tokio::spawn(sweep(Arc::clone(&listeners), Arc::clone(&interceptor), Arc::clone(&registry)));
+    let follower = tokio::spawn(async move { registry.follow().await });
+    let mut wanted = tokio::spawn(Arc::clone(&listeners).serve_wanted(wanted));
+    info!(cgroup = %cgroup.display(), "ready: intercepting the containers of {}", config.docker_host);
+
+    let failed = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        ended = &mut wanted => Some(ended),
+    };
+    follower.abort();
+    sweeper.abort();
+    wanted.abort();
+    listeners.shut_down().await;
+    stop.cancel();
+    if let Err(error) = server.await {
+        warn!("the server ended badly: {error}");
+    }
+    for (counter, value) in interceptor.counters() {
+        tracing::debug!(?counter, value, "count");
+    }
+    match failed {
+        None => info!("ended; the interception stays in force (`metadata-proxy detach` removes it)"),
+        Some(ended) => ended.context("the listener task failed")?.context("cannot read the kernel's requests")?,
+    }
+    Ok(())
+}
+
+/// Says who assumes the roles; without that, the first container to ask would be the first to know.
+async fn introduce(aws: &Aws) {
+    match aws.caller_identity().await {
+        Ok(identity) => info!(account = identity.account, "assuming roles as {}", identity.arn),
+        Err(failure) => warn!("the daemon has no identity at AWS, so no container gets credentials: {failure}"),
+    }
+}
+
+/// Gives back what is no longer needed.
+async fn sweep(listeners: Arc<Listeners>, interceptor: Arc<Interceptor>, registry: Arc<Registry<Workload>>) {
+    let mut gone = HashSet::new();
+    loop {
+        tokio::time::sleep(IDLE).await;
+        listeners.close_idle(IDLE);
+        // Not at once when a container stops: the last of its processes may end after its first, and
+        // in the host's network namespace nothing else keeps them from the host's role.
+        let unknown: HashSet<u64> = interceptor.containers().into_iter().filter(|id| !registry.knows(*id)).collect();
+        for cgroup in gone.intersection(&unknown) {
+            interceptor.remove_container(*cgroup);
+        }
+        gone = unknown;
+    }
+}
+
+/// One listener per namespace and some connections each: more than the customary 1024 descriptors.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        warn!("cannot raise the limit of open files from {:?}: {error}", limit.current);
+    }
+}
+
+/// A key of this process: session tokens end with it, and clients take new ones.
+fn token_key() -> anyhow::Result<TokenKey> {
+    let mut key = [0; 32];
+    rand::fill(&mut key).ok().context("the system has no randomness to give")?;
+    Ok(TokenKey::new(&key))
+}
+
+fn settings() -> anyhow::Result<Settings> {
+    // The kernel counts the timeout in ticks, and the coarse clock advances once a tick.
+    let tick = Duration::try_from(clock_getres(ClockId::MonotonicCoarse)).unwrap_or(Duration::from_millis(4));
+    let (syn_timeout, syn_retries) = patience(tick);
+    Ok(Settings { host_netns: netns::current_cookie()?, syn_timeout, syn_retries })
+}
+
+/// The first SYN timeout in ticks, and after how many retries, each waiting twice as long as the one
+/// before, the budget is spent. Two ticks at least: the first may be over at once.
+fn patience(tick: Duration) -> (u32, u32) {
+    let tick = tick.max(Duration::from_micros(100));
+    let ticks = u32::try_from(SYN_TIMEOUT.as_nanos().div_ceil(tick.as_nanos())).unwrap_or(2).max(2);
+    let mut retries = 0;
+    let mut waited = tick * ticks;
+    let mut next = waited * 2;
+    while waited < HOLD_BUDGET {
+        waited += next;
+        next *= 2;
+        retries += 1;
+    }
+    (ticks, retries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hold_lasts_for_seconds_at_every_tick_rate() {
+        assert_eq!(patience(Duration::from_millis(1)), (8, 8));
+        assert_eq!(patience(Duration::from_millis(4)), (2, 8));
+        assert_eq!(patience(Duration::from_millis(10)), (2, 7));
+    }
+}

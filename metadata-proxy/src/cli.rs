@@ -1,0 +1,104 @@
+//! The command line: flags and their environment variables. What they mean together is `config`'s.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Gives every Docker container on this host its own IAM role.
+///
+/// Connections of containers to the EC2 instance metadata service (169.254.169.254:80 and
+/// [fd00:ec2::254]:80) are redirected by eBPF to this daemon, which assumes the container's role at
+/// STS and answers as the real service would. Host processes keep the real service.
+#[derive(Debug, Parser)]
+#[command(version, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Intercept and serve until SIGTERM or SIGINT.
+    ///
+    /// When it ends, the interception stays: containers get connection errors, never the real
+    /// service, until the daemon runs again or `detach` is called.
+    #[command(after_help = RUN_HELP)]
+    Run(Run),
+    /// Remove all BPF programs, links and maps that `run` has left.
+    ///
+    /// From then on containers reach the real service. Does nothing where nothing is left.
+    Detach {
+        #[command(flatten)]
+        bpffs: Bpffs,
+    },
+}
+
+const RUN_HELP: &str = "\
+Role of a container, first found: label metadata-proxy.role, label com.swipely.iam-docker.iam-profile,
+environment IAM_ROLE, IAM_PROFILE, --default-role. None: the container sees no role.
+
+Credentials for STS come from the standard AWS chain: AWS_PROFILE, the shared files, keys in the
+environment, or the host's own instance role; AWS_REGION and AWS_ENDPOINT_URL_STS are honoured.
+
+Exit status: 0 after SIGTERM or SIGINT, 64 for bad configuration, 1 for anything else.";
+
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    /// Docker engine: unix:///path or tcp://host:port [default: unix:///var/run/docker.sock]
+    #[arg(long, env = "DOCKER_HOST", value_name = "URL")]
+    pub(crate) docker_host: Option<String>,
+
+    /// Intercept below this cgroup only [default: the root of the cgroup2 hierarchy]
+    #[arg(long, env = "METADATA_PROXY_CGROUP", value_name = "PATH")]
+    pub(crate) cgroup: Option<PathBuf>,
+
+    /// Role (full ARN) of containers that name none [default: no role]
+    #[arg(long, env = "DEFAULT_IAM_ROLE", value_name = "ROLE")]
+    pub(crate) default_role: Option<String>,
+
+    /// The real metadata service, for everything but credentials [default: http://169.254.169.254]
+    #[arg(long, env = "METADATA_PROXY_IMDS_ENDPOINT", value_name = "URL")]
+    pub(crate) imds_endpoint: Option<String>,
+
+    /// Serve credentials only; nothing comes from the real metadata service
+    #[arg(long, env = "METADATA_PROXY_DISABLE_UPSTREAM", conflicts_with = "imds_endpoint")]
+    pub(crate) disable_upstream: bool,
+
+    /// Refuse requests without a session token (IMDSv1)
+    #[arg(long, env = "METADATA_PROXY_REQUIRE_IMDSV2")]
+    pub(crate) require_imdsv2: bool,
+
+    /// Let containers read the host's user-data
+    #[arg(long, env = "METADATA_PROXY_ALLOW_USER_DATA")]
+    pub(crate) allow_user_data: bool,
+
+    /// Configuration file, TOML; flags and environment win over it
+    #[arg(long, env = "METADATA_PROXY_CONFIG", value_name = "FILE.toml")]
+    pub(crate) config: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
+
+    /// Form of the log on standard error [default: text]
+    #[arg(long, env = "METADATA_PROXY_LOG_FORMAT", value_enum)]
+    pub(crate) log_format: Option<LogFormat>,
+
+    /// What to log: error, warn, info, debug, or a tracing filter; debug includes the BPF programs
+    /// [default: info]
+    #[arg(long, env = "METADATA_PROXY_LOG", value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bpffs {
+    /// Mounted bpffs to pin programs and maps in [default: /sys/fs/bpf]
+    #[arg(long = "bpffs", env = "METADATA_PROXY_BPFFS", value_name = "PATH")]
+    pub(crate) path: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}

@@ -1,0 +1,197 @@
+//! Flags, environment and file, resolved into one validated configuration.
+
+use std::{fs, path::PathBuf};
+
+use hyper::Uri;
+use serde::Deserialize;
+
+use crate::{
+    cli::{LogFormat, Run},
+    identity::RoleArn,
+    imds::Policy,
+};
+
+/// Said in one line: what is wrong, and where it stands.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct BadConfig(String);
+
+#[derive(Debug)]
+pub(crate) struct Config {
+    pub(crate) docker_host: String,
+    pub(crate) cgroup: Option<PathBuf>,
+    pub(crate) bpffs: PathBuf,
+    pub(crate) default_role: Option<RoleArn>,
+    /// None: serve credentials only.
+    pub(crate) upstream: Option<Upstream>,
+    /// The real service's address if it was given, for the daemon's own credentials too.
+    pub(crate) imds_endpoint: Option<String>,
+    pub(crate) require_imdsv2: bool,
+    pub(crate) log_format: LogFormat,
+    pub(crate) log: String,
+}
+
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    pub(crate) endpoint: Uri,
+    pub(crate) policy: Policy,
+}
+
+/// The file: the flags' names, and what is too long for a flag.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct File {
+    docker_host: Option<String>,
+    cgroup: Option<PathBuf>,
+    bpffs: Option<PathBuf>,
+    default_role: Option<String>,
+    imds_endpoint: Option<String>,
+    disable_upstream: bool,
+    require_imdsv2: bool,
+    log_format: Option<LogFormat>,
+    log: Option<String>,
+    upstream: UpstreamTable,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct UpstreamTable {
+    allow: Vec<String>,
+    deny: Vec<String>,
+    allow_user_data: bool,
+}
+
+pub(crate) const BPFFS: &str = "/sys/fs/bpf";
+const DOCKER_HOST: &str = "unix:///var/run/docker.sock";
+const IMDS_ENDPOINT: &str = "http://169.254.169.254";
+
+impl Config {
+    pub(crate) fn resolve(run: Run) -> Result<Self, BadConfig> {
+        let (file, file_name) = match &run.config {
+            Some(path) => (read(path)?, path.display().to_string()),
+            None => (File::default(), String::new()),
+        };
+        // Flags win as a whole over the file, so that the two ways to say where upstream is cannot
+        // contradict each other across them.
+        let (endpoint, disable) = match (run.imds_endpoint, run.disable_upstream) {
+            (None, false) => (file.imds_endpoint, file.disable_upstream),
+            given => given,
+        };
+        if endpoint.is_some() && disable {
+            return Err(BadConfig(format!("{file_name}: imds-endpoint and disable-upstream exclude each other")));
+        }
+        let role_origin =
+            if run.default_role.is_some() { "--default-role".to_owned() } else { format!("{file_name}: default-role") };
+        let default_role = run.default_role.or(file.default_role).filter(|role| !role.is_empty());
+        let default_role = default_role
+            .map(|role| role.parse::<RoleArn>())
+            .transpose()
+            .map_err(|error| BadConfig(format!("{role_origin}: {error}")))?;
+
+        let docker_host = run.docker_host.or(file.docker_host).unwrap_or_else(|| DOCKER_HOST.to_owned());
+        if !["unix://", "tcp://", "http://"].iter().any(|scheme| docker_host.starts_with(scheme)) {
+            return Err(BadConfig(format!("--docker-host {docker_host:?}: expected unix:///path or tcp://host:port")));
+        }
+        let user_data = run.allow_user_data || file.upstream.allow_user_data;
+        let policy = Policy::new(&file.upstream.allow, &file.upstream.deny, user_data)
+            .map_err(|error| BadConfig(format!("{file_name}: [upstream]: {error}")))?;
+        let upstream = if disable {
+            None
+        } else {
+            Some(Upstream { endpoint: imds_uri(endpoint.as_deref().unwrap_or(IMDS_ENDPOINT))?, policy })
+        };
+        let log = run.log.or(file.log).unwrap_or_else(|| "info".to_owned());
+        tracing_subscriber::EnvFilter::try_new(&log).map_err(|error| BadConfig(format!("--log {log:?}: {error}")))?;
+        Ok(Self {
+            docker_host,
+            cgroup: run.cgroup.or(file.cgroup),
+            bpffs: run.bpffs.path.or(file.bpffs).unwrap_or_else(|| BPFFS.into()),
+            default_role,
+            upstream,
+            imds_endpoint: endpoint,
+            require_imdsv2: run.require_imdsv2 || file.require_imdsv2,
+            log_format: run.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+            log,
+        })
+    }
+}
+
+fn read(path: &PathBuf) -> Result<File, BadConfig> {
+    let place = path.display();
+    let text = fs::read_to_string(path).map_err(|error| BadConfig(format!("--config {place}: {error}")))?;
+    toml::from_str(&text).map_err(|error| {
+        let line = error.span().map_or(1, |span| text.get(..span.start).unwrap_or_default().matches('\n').count() + 1);
+        let reason = error.message().lines().collect::<Vec<_>>().join(" ");
+        BadConfig(format!("{place}:{line}: {reason}"))
+    })
+}
+
+fn imds_uri(given: &str) -> Result<Uri, BadConfig> {
+    let bad = |reason: &str| BadConfig(format!("--imds-endpoint {given:?}: {reason}; expected http://HOST[:PORT]"));
+    let uri: Uri = given.parse().map_err(|_| bad("not a URL"))?;
+    if uri.scheme_str() != Some("http") || uri.authority().is_none() {
+        return Err(bad("not an http URL"));
+    }
+    if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
+        return Err(bad("it has a path"));
+    }
+    Ok(uri)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn resolve(args: &[&str]) -> Result<Config, BadConfig> {
+        let cli = Cli::parse_from(["metadata-proxy", "run"].iter().chain(args));
+        let Command::Run(run) = cli.command else { panic!("not run") };
+        Config::resolve(run)
+    }
+
+    fn with_file(text: &str, args: &[&str]) -> Result<Config, BadConfig> {
+        let path = std::env::temp_dir().join(format!("metadata-proxy-config-{}-{:p}.toml", std::process::id(), text));
+        fs::write(&path, text).unwrap();
+        let config = resolve(&[&["--config", path.to_str().unwrap()], args].concat());
+        fs::remove_file(&path).unwrap();
+        config
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let file = "docker-host = 'unix:///file.sock'\nbpffs = '/file'\nlog-format = 'json'\n";
+        let config = with_file(file, &["--docker-host", "unix:///flag.sock"]).unwrap();
+        assert_eq!(config.docker_host, "unix:///flag.sock");
+        assert_eq!(config.bpffs, PathBuf::from("/file"));
+        assert_eq!(config.log_format, LogFormat::Json);
+    }
+
+    #[test]
+    fn a_flag_for_upstream_replaces_what_the_file_says_of_it() {
+        let config = with_file("imds-endpoint = 'http://10.0.0.1'\n", &["--disable-upstream"]).unwrap();
+        assert!(config.upstream.is_none());
+    }
+
+    #[test]
+    fn an_error_in_the_file_names_file_and_line() {
+        let error = with_file("docker-host = 'unix:///x'\nrole = 'x'\n", &[]).unwrap_err().to_string();
+        assert!(error.contains(".toml:2: unknown field `role`"), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+
+    #[test]
+    fn bad_values_name_their_flag() {
+        for (args, expected) in [
+            (["--default-role", "web"], "--default-role: \"web\" is not the ARN"),
+            (["--imds-endpoint", "https://x"], "--imds-endpoint \"https://x\": not an http URL"),
+            (["--imds-endpoint", "http://x/latest"], "it has a path"),
+            (["--docker-host", "/var/run/docker.sock"], "expected unix:///path"),
+            (["--config", "/nowhere.toml"], "--config /nowhere.toml: No such file"),
+        ] {
+            let error = resolve(&args).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

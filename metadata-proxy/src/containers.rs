@@ -1,0 +1,231 @@
+//! Which container a cgroup belongs to: the registry of running containers.
+//!
+//! It follows the engine (snapshot, events, and again from the start when the stream breaks), and
+//! asks it when a cgroup is not known yet. It knows nothing of roles: whoever builds it says what a
+//! running container becomes (`W`), and dropping that is all that happens when the container stops.
+
+pub(crate) mod cgroup;
+pub(crate) mod docker;
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::Duration,
+};
+
+use futures_util::StreamExt as _;
+use metadata_proxy_common::Flow;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, info, warn};
+
+use docker::{Engine, Event, Lookup};
+
+/// A running container, as the engine describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Container {
+    pub(crate) id: String,
+    pub(crate) name: String,
+    /// Its first process, in the initial pid namespace.
+    pub(crate) pid: u32,
+    /// The container's own cgroup; what its processes create lies below.
+    pub(crate) cgroup: u64,
+    pub(crate) labels: HashMap<String, String>,
+    pub(crate) env: HashMap<String, String>,
+}
+
+/// The engine could not be asked, so nothing is known about the asker either way.
+#[derive(Debug, thiserror::Error)]
+#[error("the container engine does not answer: {0:#}")]
+pub(crate) struct EngineError(anyhow::Error);
+
+pub(crate) struct Registry<W> {
+    engine: Engine,
+    cgroup2: PathBuf,
+    admit: Box<dyn Fn(Container) -> W + Send + Sync>,
+    entries: RwLock<HashMap<String, Entry<W>>>,
+    /// Cgroup id -> container id.
+    cgroups: RwLock<HashMap<u64, String>>,
+}
+
+struct Entry<W> {
+    pid: u32,
+    cgroup: u64,
+    workload: Arc<W>,
+}
+
+/// How long a container that the engine is just starting may take to appear. Its first request
+/// waits for it; SDKs give up after a second.
+const STARTING: Duration = Duration::from_millis(900);
+/// Between two looks at a container that is just starting.
+const POLL: Duration = Duration::from_millis(5);
+/// Events can be lost without the stream breaking; a full look puts that right.
+const RESYNC: Duration = Duration::from_secs(60);
+
+impl<W: Send + Sync + 'static> Registry<W> {
+    pub(crate) fn new(
+        engine: Engine,
+        cgroup2: PathBuf,
+        admit: impl Fn(Container) -> W + Send + Sync + 'static,
+    ) -> Self {
+        let (entries, cgroups) = Default::default();
+        Self { engine, cgroup2, admit: Box::new(admit), entries, cgroups }
+    }
+
+    /// The container of a flow, by the cgroup that the kernel saw. None: no container of this engine.
+    pub(crate) async fn resolve(&self, flow: &Flow) -> Result<Option<Arc<W>>, EngineError> {
+        if let Some(workload) = self.find(flow) {
+            return Ok(Some(workload));
+        }
+        self.look_closer(flow).await.map_err(EngineError)
+    }
+
+    pub(crate) fn knows(&self, cgroup: u64) -> bool {
+        self.read_cgroups().contains_key(&cgroup)
+    }
+
+    /// The deepest known container on the way from the task's cgroup up: nested cgroups are their
+    /// container's.
+    fn find(&self, flow: &Flow) -> Option<Arc<W>> {
+        let cgroups = self.read_cgroups();
+        let path = std::iter::once(flow.cgroup).chain(flow.ancestors.into_iter().rev());
+        let id = path.filter_map(|cgroup| cgroups.get(&cgroup)).next()?.clone();
+        drop(cgroups);
+        self.read().get(&id).map(|entry| Arc::clone(&entry.workload))
+    }
+
+    /// A container that has just started is running before the engine says so.
+    async fn look_closer(&self, flow: &Flow) -> anyhow::Result<Option<Arc<W>>> {
+        // Only a hint which container to ask for: what the engine says decides.
+        let Some(id) = cgroup::container_hint(flow.pid, flow.cgroup, &self.cgroup2) else {
+            self.resync().await?;
+            return Ok(self.find(flow));
+        };
+        let deadline = Instant::now() + STARTING;
+        loop {
+            match self.engine.inspect(&id).await? {
+                Lookup::Running(description) => self.admit(description),
+                Lookup::Starting => {}
+                Lookup::Unknown => return Ok(None),
+            }
+            if let Some(workload) = self.find(flow) {
+                return Ok(Some(workload));
+            }
+            if Instant::now() >= deadline {
+                debug!("container {id} does not appear at the engine");
+                return Ok(None);
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// Follows the engine for as long as the daemon runs.
+    pub(crate) async fn follow(&self) {
+        let mut pause = Duration::from_millis(100);
+        loop {
+            let since = Instant::now();
+            let error = match self.follow_stream().await {
+                Ok(()) => anyhow::anyhow!("the stream ended"),
+                Err(error) => error,
+            };
+            if since.elapsed() > Duration::from_secs(10) {
+                pause = Duration::from_millis(100);
+            }
+            warn!("lost the engine's events: {error:#}; what is known stays in force, next try in {pause:?}");
+            sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(5));
+        }
+    }
+
+    async fn follow_stream(&self) -> anyhow::Result<()> {
+        // Events from before the snapshot, so that none is missed between the two.
+        let mut events = Box::pin(self.engine.events());
+        self.resync().await?;
+        let mut next_resync = Instant::now() + RESYNC;
+        loop {
+            match timeout(next_resync.saturating_duration_since(Instant::now()), events.next()).await {
+                Ok(Some(event)) => self.apply(event?).await?,
+                Ok(None) => return Ok(()),
+                Err(_elapsed) => {
+                    self.resync().await?;
+                    next_resync = Instant::now() + RESYNC;
+                }
+            }
+        }
+    }
+
+    async fn apply(&self, event: Event) -> anyhow::Result<()> {
+        match event {
+            Event::Started(id) => {
+                if let Lookup::Running(description) = self.engine.inspect(&id).await? {
+                    self.admit(description);
+                }
+            }
+            Event::Stopped(id) => self.dismiss(&id),
+        }
+        Ok(())
+    }
+
+    /// Makes the registry what the engine says now.
+    pub(crate) async fn resync(&self) -> anyhow::Result<()> {
+        let before: Vec<String> = self.read().keys().cloned().collect();
+        let running = self.engine.running().await?;
+        for id in &running {
+            if let Lookup::Running(description) = self.engine.inspect(id).await? {
+                self.admit(description);
+            }
+        }
+        // Not those admitted meanwhile, which the list cannot have.
+        for id in before.iter().filter(|id| !running.contains(id)) {
+            self.dismiss(id);
+        }
+        Ok(())
+    }
+
+    fn admit(&self, description: docker::Description) {
+        let (id, pid) = (description.id.clone(), description.pid);
+        let cgroup = match cgroup::of_container(pid, &id, &self.cgroup2) {
+            Ok(cgroup) => cgroup,
+            Err(error) => return debug!("container {} has no cgroup, it may be gone: {error:#}", description.name),
+        };
+        let mut entries = self.write();
+        if entries.get(&id).is_some_and(|entry| entry.pid == pid && entry.cgroup == cgroup) {
+            return;
+        }
+        info!(container = description.name, id = short(&id), pid, cgroup, "container started");
+        let workload = Arc::new((self.admit)(description.at(cgroup)));
+        let old = entries.insert(id.clone(), Entry { pid, cgroup, workload });
+        let mut cgroups = self.write_cgroups();
+        if let Some(old) = &old {
+            cgroups.remove(&old.cgroup);
+        }
+        cgroups.insert(cgroup, id);
+    }
+
+    fn dismiss(&self, id: &str) {
+        let Some(entry) = self.write().remove(id) else { return };
+        self.write_cgroups().remove(&entry.cgroup);
+        info!(id = short(id), cgroup = entry.cgroup, "container stopped");
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, HashMap<String, Entry<W>>> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, HashMap<String, Entry<W>>> {
+        self.entries.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_cgroups(&self) -> RwLockReadGuard<'_, HashMap<u64, String>> {
+        self.cgroups.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_cgroups(&self) -> RwLockWriteGuard<'_, HashMap<u64, String>> {
+        self.cgroups.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// As `docker ps` shows it.
+pub(crate) fn short(id: &str) -> &str {
+    id.get(..12).unwrap_or(id)
+}

@@ -1,0 +1,74 @@
+//! Credentials of roles: assumed with STS, kept in memory, renewed ahead of time.
+//!
+//! ```text
+//! hold / get ──> store: one entry per RoleSession ──> keeper: one task per entry ──> Sts (sts.rs: aws-sdk-sts)
+//! ```
+//!
+//! Invariants:
+//! - This is the only module that knows the AWS SDK.
+//! - One entry has one keeper, and only the keeper calls STS for it: however many ask, one call is in flight, and an asker
+//!   that goes away takes nothing with it.
+//! - Credentials leave the module only while they are valid by the monotonic *and* by the wall clock.
+//! - Secrets stay inside [`SecretString`]: neither `Debug` nor a log line can print them, and dropping the last reference
+//!   wipes them.
+
+mod entry;
+mod failure;
+mod keeper;
+mod store;
+mod sts;
+#[cfg(test)]
+mod tests;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use secrecy::SecretString;
+
+pub(crate) use failure::Failure;
+pub(crate) use store::{Hold, Settings, Store};
+pub(crate) use sts::Aws;
+
+/// What STS grants when nobody asks for anything else.
+pub(crate) const DEFAULT_DURATION: Duration = Duration::from_secs(3600);
+
+/// What distinguishes one set of credentials from another; the key of the cache.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct RoleSession {
+    pub(crate) role_arn: String,
+    pub(crate) session_name: String,
+    pub(crate) external_id: Option<String>,
+    /// STS takes 900 s to 43,200 s, and at most 3,600 s when the daemon itself acts under a role.
+    pub(crate) duration: Duration,
+}
+
+/// One set of temporary credentials. `Debug` shows no secret, because `SecretString` does not.
+#[derive(Clone, Debug)]
+pub(crate) struct Credentials {
+    pub(crate) access_key_id: String,
+    pub(crate) secret_access_key: SecretString,
+    pub(crate) session_token: SecretString,
+    pub(crate) last_updated: Timestamp,
+    pub(crate) expiration: Timestamp,
+}
+
+/// Whoever turns a role into credentials: STS, or a stand-in for it in tests and simulations.
+pub(crate) trait Sts: Send + Sync + 'static {
+    /// One attempt; the caller decides when to try again.
+    fn assume<'a>(&'a self, session: &'a RoleSession) -> AssumeFuture<'a>;
+}
+
+impl<S: Sts> Sts for Arc<S> {
+    fn assume<'a>(&'a self, session: &'a RoleSession) -> AssumeFuture<'a> {
+        (**self).assume(session)
+    }
+}
+
+/// Boxed, so that the store is one type whatever stands behind it.
+pub(crate) type AssumeFuture<'a> = Pin<Box<dyn Future<Output = Result<Credentials, Failure>> + Send + 'a>>;
+
+/// The wall clock, an argument so that a virtual day can be simulated. Waiting is measured with `tokio::time`.
+pub(crate) type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;

@@ -1,0 +1,228 @@
+//! Why there are no credentials, in the two kinds that callers must tell apart, and how the SDK's errors map to them.
+
+use std::error::Error;
+
+use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
+
+/// `Refused`: the role is not for us, and asking again does not help until somebody changes something.
+/// `Unavailable`: nobody has said no, so asking again later may help.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Failure {
+    /// `code` is the error code of STS. The message is for operators: it may name the daemon's own identity.
+    #[error("{code}: {message}")]
+    Refused { code: String, message: String },
+    #[error("{message}")]
+    Unavailable { message: String },
+}
+
+impl Failure {
+    pub(super) fn unavailable(message: impl Into<String>) -> Self {
+        Self::Unavailable { message: message.into() }
+    }
+}
+
+/// Codes that speak of the daemon's own credentials: the source (a profile, an instance role) may have newer ones by now.
+pub(super) const STALE_SOURCE: [&str; 4] =
+    ["ExpiredToken", "ExpiredTokenException", "InvalidClientTokenId", "UnrecognizedClientException"];
+
+/// Codes of trouble that passes by itself although their status alone would say "refused".
+const TRANSIENT: [&str; 10] = [
+    "IDPCommunicationError",
+    "InternalError",
+    "InternalFailure",
+    "PriorRequestNotComplete",
+    "RequestExpired",
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "TooManyRequests",
+];
+
+/// What an answer of STS means, from its error code and HTTP status alone.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Refused,
+    Transient,
+}
+
+fn verdict(code: Option<&str>, status: u16) -> Verdict {
+    // Without a code it was not STS that answered but a proxy or a wrong endpoint, which says nothing about the role.
+    let Some(code) = code else {
+        return Verdict::Transient;
+    };
+    // Both spellings are in use: `ThrottlingException` and `Throttling`.
+    let base = code.strip_suffix("Exception").unwrap_or(code);
+    let transient = base.contains("Throttl") || TRANSIENT.contains(&base);
+    if transient || !(400..500).contains(&status) || matches!(status, 408 | 429) {
+        Verdict::Transient
+    } else {
+        Verdict::Refused
+    }
+}
+
+/// The failure of a call about `subject` (a role, or "the daemon's own identity"), worded for the operator.
+pub(super) fn from_sdk<E>(error: &SdkError<E>, subject: &str, identity: Option<&str>) -> Failure
+where
+    E: ProvideErrorMetadata + Error + 'static,
+{
+    match error {
+        SdkError::ServiceError(answer) => {
+            let status = answer.raw().status().as_u16();
+            from_answer(answer.err().code(), answer.err().message(), status, subject, identity)
+        }
+        SdkError::TimeoutError(_) => Failure::unavailable(format!(
+            "STS did not answer in time for {subject}; check the network path to it and AWS_ENDPOINT_URL_STS"
+        )),
+        SdkError::ResponseError(answer) => Failure::unavailable(format!(
+            "what answered for {subject} (HTTP {}) is not STS; check AWS_ENDPOINT_URL_STS",
+            answer.raw().status().as_u16()
+        )),
+        other => {
+            let remedy = if lacks_source(other) {
+                "give the daemon credentials: an instance role, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            } else {
+                "check the network path to STS and AWS_ENDPOINT_URL_STS"
+            };
+            Failure::unavailable(format!("no call to STS for {subject}: {}; {remedy}", causes(other)))
+        }
+    }
+}
+
+/// Whether the request could not be signed because the chain gave no credentials. The SDK has no type for that which we
+/// could match on without another dependency, only its words.
+pub(super) fn lacks_source<E: Error + 'static>(error: &SdkError<E>) -> bool {
+    let unsigned = match error {
+        SdkError::DispatchFailure(failure) => failure.is_other(),
+        SdkError::ConstructionFailure(_) => true,
+        _ => false,
+    };
+    unsigned && causes(error).contains("credential")
+}
+
+fn from_answer(
+    code: Option<&str>,
+    message: Option<&str>,
+    status: u16,
+    subject: &str,
+    identity: Option<&str>,
+) -> Failure {
+    let said = said(code, message);
+    match (verdict(code, status), code) {
+        (Verdict::Refused, Some(code)) => Failure::Refused {
+            code: code.to_owned(),
+            message: format!("STS refused {subject}: {said}{}", remedy(code, subject, identity)),
+        },
+        (_, code) => {
+            let code = code.unwrap_or("no error code");
+            Failure::unavailable(format!("STS failed for {subject}: HTTP {status}, {code}: {said}"))
+        }
+    }
+}
+
+/// What to do about it, where we know.
+fn remedy(code: &str, subject: &str, identity: Option<&str>) -> String {
+    let identity = identity.unwrap_or("the daemon's own identity (`aws sts get-caller-identity`)");
+    match code {
+        "AccessDenied" | "AccessDeniedException" => {
+            format!(
+                "; the trust policy of {subject} must allow sts:AssumeRole to {identity}, with the same external id if it asks for one, \
+                 and the policy of that identity must not forbid it"
+            )
+        }
+        "RegionDisabledException" => "; set AWS_REGION to a region that is enabled for the account".to_owned(),
+        "PackedPolicyTooLarge" | "PackedPolicyTooLargeException" => {
+            "; shorten the session policy and tags".to_owned()
+        }
+        "ValidationError" => {
+            "; check the role, session name, external id and duration (at most 1 h when the daemon itself acts under a role)".to_owned()
+        }
+        code if STALE_SOURCE.contains(&code) || code == "SignatureDoesNotMatch" => {
+            "; renew the credentials that the daemon itself uses, and check the host's clock".to_owned()
+        }
+        _ => String::new(),
+    }
+}
+
+/// The service's own words, on one line and not too long.
+fn said(code: Option<&str>, message: Option<&str>) -> String {
+    // This message may quote the signed request, session token included.
+    if code == Some("SignatureDoesNotMatch") {
+        return "the signature does not match".to_owned();
+    }
+    one_line(message.unwrap_or("no message"), 400)
+}
+
+/// `outer: inner: innermost`; the SDK's own Display stops at the outermost.
+fn causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    one_line(&text, 800)
+}
+
+fn one_line(text: &str, longest: usize) -> String {
+    let words: Vec<_> = text.split_whitespace().collect();
+    words.join(" ").chars().take(longest).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_are_told_from_trouble_that_passes() {
+        let refused = [
+            ("AccessDenied", 403),
+            ("MalformedPolicyDocument", 400),
+            ("PackedPolicyTooLarge", 400),
+            ("PackedPolicyTooLargeException", 400),
+            ("ValidationError", 400),
+            ("RegionDisabledException", 403),
+            ("ExpiredToken", 403),
+            ("ExpiredTokenException", 400),
+            ("InvalidClientTokenId", 403),
+            ("SignatureDoesNotMatch", 403),
+        ];
+        for (code, status) in refused {
+            assert_eq!(verdict(Some(code), status), Verdict::Refused, "{code}");
+        }
+        let transient = [
+            (Some("Throttling"), 400),
+            (Some("ThrottlingException"), 400),
+            (Some("ThrottledException"), 400),
+            (Some("RequestThrottled"), 400),
+            (Some("RequestLimitExceeded"), 503),
+            (Some("TooManyRequestsException"), 400),
+            (Some("IDPCommunicationError"), 400),
+            (Some("Unheard"), 429),
+            (Some("InternalFailure"), 500),
+            (Some("AccessDenied"), 502),
+            (None, 503),
+            (None, 403),
+            (None, 301),
+        ];
+        for (code, status) in transient {
+            assert_eq!(verdict(code, status), Verdict::Transient, "{code:?} {status}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_what_to_do() {
+        let role = "arn:aws:iam::1:role/web";
+        let failure = from_answer(Some("AccessDenied"), Some("not\n  authorized"), 403, role, Some("arn:daemon"));
+        let text = failure.to_string();
+        assert!(text.starts_with("AccessDenied: STS refused arn:aws:iam::1:role/web: not authorized;"), "{text}");
+        assert!(text.contains("the trust policy of arn:aws:iam::1:role/web must allow sts:AssumeRole to arn:daemon"));
+    }
+
+    #[test]
+    fn a_quoted_request_is_not_repeated() {
+        let quoted = Some("The Canonical String should have been 'x-amz-security-token:SECRET'");
+        let failure = from_answer(Some("SignatureDoesNotMatch"), quoted, 403, "r", None);
+        assert!(!failure.to_string().contains("SECRET"));
+    }
+}

@@ -1,0 +1,202 @@
+//! The cache of credentials: who asks, who holds, and which entries there are.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use super::entry::Entry;
+use super::{Clock, Credentials, Failure, RoleSession, Sts, keeper};
+
+pub(crate) struct Settings {
+    /// Calls of STS at the same time, over all keys. A host that starts 200 containers at once is served in 200/16 round
+    /// trips, about two seconds, and an account is throttled far above that.
+    pub(crate) concurrent_calls: usize,
+    /// How long an asker waits for the first answer of STS. Most clients give up after 1 s by themselves and try again,
+    /// which finds the cache filled; .NET and whoever has set `AWS_METADATA_SERVICE_TIMEOUT` waits for 5 s and more.
+    pub(crate) answer_within: Duration,
+    /// How long a refusal is remembered, so that a container that asks in a loop costs no calls.
+    pub(crate) refusal_memory: Duration,
+    pub(crate) clock: Clock,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            concurrent_calls: 16,
+            answer_within: Duration::from_millis(4500),
+            refusal_memory: Duration::from_secs(30),
+            clock: Arc::new(Timestamp::now),
+        }
+    }
+}
+
+/// Credentials by role session. Dropping the store ends all renewal.
+pub(crate) struct Store {
+    shared: Arc<Shared>,
+}
+
+/// What the store has in common with its keepers and holds.
+pub(super) struct Shared {
+    pub(super) sts: Arc<dyn Sts>,
+    pub(super) settings: Settings,
+    pub(super) permits: Semaphore,
+    slots: Mutex<HashMap<RoleSession, Slot>>,
+    /// Of the runtime that the store was made in, so that `hold` may be called from anywhere.
+    runtime: tokio::runtime::Handle,
+    stop: CancellationToken,
+}
+
+struct Slot {
+    entry: Arc<Entry>,
+    holds: usize,
+    /// Had holds and lost the last one. A key that was only ever asked for lives on until its credentials would be renewed.
+    released: bool,
+}
+
+impl Store {
+    /// To be called within a tokio runtime, on which the keepers then run.
+    pub(crate) fn new(sts: impl Sts, settings: Settings) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                sts: Arc::new(sts),
+                permits: Semaphore::new(settings.concurrent_calls.clamp(1, Semaphore::MAX_PERMITS)),
+                settings,
+                slots: Mutex::default(),
+                runtime: tokio::runtime::Handle::current(),
+                stop: CancellationToken::new(),
+            }),
+        }
+    }
+
+    /// From the cache, usually at once. The first asker waits for STS, for `answer_within` at most; the call goes on without
+    /// it and fills the cache.
+    pub(crate) async fn get(&self, key: &RoleSession) -> Result<Arc<Credentials>, Failure> {
+        let ask = async {
+            loop {
+                let entry = self.shared.entry(key, 0);
+                // An entry may be closed between finding it and asking it; it has left the map by then.
+                if let Some(answer) = entry.answer(|| self.shared.now()).await {
+                    return answer;
+                }
+            }
+        };
+        let patience = self.shared.settings.answer_within;
+        tokio::time::timeout(patience, ask).await.unwrap_or_else(|_| {
+            Err(Failure::unavailable(format!(
+                "STS has not answered for {} within {patience:?}; the call goes on, so ask again",
+                key.role_arn
+            )))
+        })
+    }
+
+    /// Fetches ahead and keeps renewed until the last hold of this key is dropped; then the credentials are wiped.
+    pub(crate) fn hold(&self, key: RoleSession) -> Hold {
+        self.shared.entry(&key, 1).nudge(self.shared.now());
+        Hold { shared: Arc::clone(&self.shared), key }
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.shared.stop.cancel();
+    }
+}
+
+/// Somebody's need for a key, such as a running container's.
+#[must_use = "dropping it releases the credentials"]
+pub(crate) struct Hold {
+    shared: Arc<Shared>,
+    key: RoleSession,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut slots = self.shared.slots();
+        let Some(slot) = slots.get_mut(&self.key) else {
+            return;
+        };
+        slot.holds = slot.holds.saturating_sub(1);
+        if slot.holds > 0 {
+            return;
+        }
+        slot.released = true;
+        slot.entry.wipe();
+        // A call under way and a remembered failure survive, so that a container restarting in a loop does not cause a call
+        // each time; the keeper retires the entry after them.
+        if slot.entry.idle() {
+            slot.entry.retired.cancel();
+            slot.entry.close();
+            slots.remove(&self.key);
+        }
+    }
+}
+
+impl Shared {
+    pub(super) fn now(&self) -> Timestamp {
+        (self.settings.clock)()
+    }
+
+    /// Nothing here panics while the lock is held, and every state of the map is a valid one.
+    fn slots(&self) -> MutexGuard<'_, HashMap<RoleSession, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The entry of a key, made and given its keeper if there is none.
+    fn entry(self: &Arc<Self>, key: &RoleSession, holds: usize) -> Arc<Entry> {
+        let mut slots = self.slots();
+        if let Some(slot) = slots.get_mut(key) {
+            slot.holds += holds;
+            slot.released &= slot.holds == 0;
+            return Arc::clone(&slot.entry);
+        }
+        let entry = Arc::new(Entry::new(key.clone(), self.stop.child_token()));
+        slots.insert(key.clone(), Slot { entry: Arc::clone(&entry), holds, released: false });
+        self.runtime.spawn(keeper::keep(Arc::clone(self), Arc::clone(&entry)));
+        entry
+    }
+
+    pub(super) fn held(&self, entry: &Arc<Entry>) -> bool {
+        self.slots().get(&entry.key).is_some_and(|slot| slot.holds > 0)
+    }
+
+    /// Takes an entry that nobody holds out of the store; `false` if somebody does.
+    pub(super) fn retire_unheld(&self, entry: &Arc<Entry>) -> bool {
+        self.retire_if(entry, |slot| slot.holds == 0)
+    }
+
+    /// Takes an entry out of the store if its last hold has been dropped.
+    pub(super) fn retire_released(&self, entry: &Arc<Entry>) -> bool {
+        self.retire_if(entry, |slot| slot.released)
+    }
+
+    /// Decided and done under one lock, or a hold could come in between. Only the keeper of the entry calls this, so the
+    /// entry in the slot is its own or has been closed already.
+    fn retire_if(&self, entry: &Arc<Entry>, condition: impl Fn(&Slot) -> bool) -> bool {
+        let mut slots = self.slots();
+        let Some(slot) = slots.get(&entry.key).filter(|slot| Arc::ptr_eq(&slot.entry, entry)) else {
+            return true;
+        };
+        let retire = condition(slot);
+        if retire {
+            slots.remove(&entry.key);
+            entry.close();
+        }
+        retire
+    }
+
+    #[cfg(test)]
+    pub(super) fn entries(&self) -> usize {
+        self.slots().len()
+    }
+}
+
+#[cfg(test)]
+impl Store {
+    pub(super) fn entries(&self) -> usize {
+        self.shared.entries()
+    }
+}

@@ -1,0 +1,223 @@
+//! STS through the AWS SDK: the standard chain of source credentials and region, `AssumeRole`, `GetCallerIdentity`.
+
+use std::error::Error;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use aws_config::default_provider::credentials::DefaultCredentialsChain;
+use aws_config::default_provider::region::DefaultRegionChain;
+use aws_config::imds::credentials::ImdsCredentialsProvider;
+use aws_config::imds::region::ImdsRegionProvider;
+use aws_config::meta::region::RegionProviderChain;
+use aws_config::profile::ProfileFileRegionProvider;
+use aws_config::retry::RetryConfig;
+use aws_config::timeout::TimeoutConfig;
+use aws_config::{AppName, BehaviorVersion, Region, environment::EnvironmentVariableRegionProvider, imds};
+use aws_sdk_sts::Client;
+use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_sts::operation::assume_role::{AssumeRoleError, AssumeRoleOutput};
+use jiff::Timestamp;
+use tokio::sync::RwLock;
+
+use super::failure::{self, Failure, STALE_SOURCE};
+use super::{AssumeFuture, Credentials, RoleSession, Sts};
+
+/// In every partition STS is regional, but the commercial one is what a daemon without any region most likely means.
+const FALLBACK_REGION: &str = "us-east-1";
+
+/// Who the daemon itself is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CallerIdentity {
+    pub(crate) account: String,
+    pub(crate) arn: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("{endpoint:?} is no endpoint of a metadata service: {reason}; it looks like http://169.254.169.254")]
+pub(crate) struct InvalidEndpoint {
+    endpoint: String,
+    reason: String,
+}
+
+/// The AWS client of the daemon.
+pub(crate) struct Aws {
+    imds: Option<imds::Client>,
+    link: RwLock<Arc<Link>>,
+}
+
+/// One load of the configuration, and what was learned with it.
+struct Link {
+    client: Client,
+    identity: OnceLock<CallerIdentity>,
+}
+
+impl Link {
+    fn new(client: Client) -> Arc<Self> {
+        Arc::new(Self { client, identity: OnceLock::new() })
+    }
+}
+
+impl Aws {
+    /// Loads the configuration; asks AWS nothing but, without any other source, the host's metadata service for the region.
+    ///
+    /// `imds_endpoint` is where the host's own role and region are looked up; without it the SDK's rules apply
+    /// (`AWS_EC2_METADATA_SERVICE_ENDPOINT`, then 169.254.169.254).
+    pub(crate) async fn connect(imds_endpoint: Option<&str>) -> Result<Self, InvalidEndpoint> {
+        let imds = imds_endpoint.map(imds_client).transpose()?;
+        let region = region(imds.as_ref()).await;
+        if region.is_none() {
+            tracing::warn!(
+                "no region in AWS_REGION, the profile or the host's metadata service; using STS in {FALLBACK_REGION}. Set AWS_REGION."
+            );
+        }
+        let link = Link::new(load(imds.as_ref(), region).await);
+        Ok(Self { imds, link: RwLock::new(link) })
+    }
+
+    /// Who the daemon is to AWS: for the check at start, and for messages about refusals.
+    pub(crate) async fn caller_identity(&self) -> Result<CallerIdentity, Failure> {
+        let mut link = self.link().await;
+        let mut answer = link.client.get_caller_identity().send().await;
+        if answer.as_ref().is_err_and(source_is_stale) {
+            link = self.reload(&link).await;
+            answer = link.client.get_caller_identity().send().await;
+        }
+        let answer = answer.map_err(|error| failure::from_sdk(&error, "the daemon's own identity", None))?;
+        let (Some(account), Some(arn)) = (answer.account, answer.arn) else {
+            return Err(Failure::unavailable("STS told the daemon's identity without its account or ARN"));
+        };
+        let identity = CallerIdentity { account, arn };
+        // Only names the daemon in later messages, so whoever was first may stay.
+        let _ = link.identity.set(identity.clone());
+        Ok(identity)
+    }
+
+    async fn assume(&self, session: &RoleSession) -> Result<Credentials, Failure> {
+        let mut link = self.link().await;
+        let mut answer = assume_role(&link.client, session).await;
+        if answer.as_ref().is_err_and(source_is_stale) {
+            link = self.reload(&link).await;
+            answer = assume_role(&link.client, session).await;
+        }
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                // Whoever has to mend a trust policy needs to know for whom. Asking needs no permission.
+                if is_denied(&error) && link.identity.get().is_none() {
+                    let _ = self.caller_identity().await;
+                }
+                let identity = link.identity.get().map(|identity| identity.arn.as_str());
+                return Err(failure::from_sdk(&error, &session.role_arn, identity));
+            }
+        };
+        credentials(answer).ok_or_else(|| {
+            Failure::unavailable(format!("STS answered for {} without usable credentials", session.role_arn))
+        })
+    }
+
+    async fn link(&self) -> Arc<Link> {
+        self.link.read().await.clone()
+    }
+
+    /// The SDK reads the shared files once. Where somebody renews them (a login tool, a rotated key), what it holds becomes
+    /// stale, so the whole chain is loaded anew; once, however many calls have noticed.
+    async fn reload(&self, stale: &Arc<Link>) -> Arc<Link> {
+        let mut link = self.link.write().await;
+        if Arc::ptr_eq(&link, stale) {
+            tracing::debug!("the daemon's own credentials are missing or no longer valid; loading them anew");
+            let imds = self.imds.as_ref();
+            // A metadata service that happens to be silent now does not move the daemon to another region.
+            let region = region(imds).await.or_else(|| stale.client.config().region().cloned());
+            *link = Link::new(load(imds, region).await);
+        }
+        Arc::clone(&link)
+    }
+}
+
+impl Sts for Aws {
+    fn assume<'a>(&'a self, session: &'a RoleSession) -> AssumeFuture<'a> {
+        Box::pin(self.assume(session))
+    }
+}
+
+/// Whether another load of the source credentials could mend it: STS knows ours no longer, or there were none.
+fn source_is_stale<E: ProvideErrorMetadata + Error + 'static>(error: &SdkError<E>) -> bool {
+    let code = error.as_service_error().and_then(ProvideErrorMetadata::code);
+    code.is_some_and(|code| STALE_SOURCE.contains(&code)) || failure::lacks_source(error)
+}
+
+fn is_denied(error: &SdkError<AssumeRoleError>) -> bool {
+    error.as_service_error().and_then(ProvideErrorMetadata::code) == Some("AccessDenied")
+}
+
+async fn assume_role(client: &Client, session: &RoleSession) -> Result<AssumeRoleOutput, SdkError<AssumeRoleError>> {
+    client
+        .assume_role()
+        .role_arn(&session.role_arn)
+        .role_session_name(&session.session_name)
+        .set_external_id(session.external_id.clone())
+        .duration_seconds(i32::try_from(session.duration.as_secs()).unwrap_or(i32::MAX))
+        .send()
+        .await
+}
+
+fn credentials(answer: AssumeRoleOutput) -> Option<Credentials> {
+    let granted = answer.credentials?;
+    Some(Credentials {
+        access_key_id: granted.access_key_id,
+        secret_access_key: granted.secret_access_key.into(),
+        session_token: granted.session_token.into(),
+        last_updated: Timestamp::now(),
+        expiration: Timestamp::from_second(granted.expiration.secs()).ok()?,
+    })
+}
+
+fn imds_client(endpoint: &str) -> Result<imds::Client, InvalidEndpoint> {
+    let builder = imds::Client::builder().endpoint(endpoint);
+    let builder =
+        builder.map_err(|error| InvalidEndpoint { endpoint: endpoint.to_owned(), reason: error.to_string() })?;
+    Ok(builder.build())
+}
+
+async fn load(imds: Option<&imds::Client>, region: Option<Region>) -> Client {
+    let region = region.unwrap_or(Region::from_static(FALLBACK_REGION));
+    let mut loader = aws_config::defaults(BehaviorVersion::latest())
+        .region(region.clone())
+        // An attempt includes loading the source credentials, for which the SDK allows 5 s (a `credential_process`, SSO).
+        .timeout_config(
+            TimeoutConfig::builder()
+                .connect_timeout(Duration::from_secs(2))
+                .operation_attempt_timeout(Duration::from_secs(5))
+                .operation_timeout(Duration::from_secs(10))
+                .build(),
+        )
+        // One retry mends a broken connection or a wrong clock at once; the patient retries are the keeper's.
+        .retry_config(RetryConfig::standard().with_max_attempts(2));
+    if let Ok(name) = AppName::new("metadata-proxy") {
+        loader = loader.app_name(name);
+    }
+    if let Some(imds) = imds {
+        let instance = ImdsCredentialsProvider::builder().imds_client(imds.clone()).build();
+        let chain = DefaultCredentialsChain::builder()
+            .region(region)
+            .imds_client(imds.clone())
+            // For profiles that say `credential_source = Ec2InstanceMetadata`.
+            .with_custom_credential_source("Ec2InstanceMetadata", instance);
+        loader = loader.credentials_provider(chain.build().await);
+    }
+    Client::new(&loader.load().await)
+}
+
+async fn region(imds: Option<&imds::Client>) -> Option<Region> {
+    let Some(imds) = imds else {
+        return DefaultRegionChain::builder().build().region().await;
+    };
+    RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new())
+        .or_else(ProfileFileRegionProvider::new())
+        .or_else(ImdsRegionProvider::builder().imds_client(imds.clone()).build())
+        .region()
+        .await
+}
+
+#[cfg(test)]
+mod tests;

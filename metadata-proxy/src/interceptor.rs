@@ -1,0 +1,160 @@
+//! The kernel side, as the rest of the daemon sees it. The only module that knows aya.
+//!
+//! Programs, links and maps are pinned: when the daemon is gone, however it went, the containers'
+//! connections to IMDS go on being intercepted and fail, and none reaches the real service.
+
+mod link;
+mod maps;
+mod object;
+pub(crate) mod preflight;
+mod syscall;
+
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf, SkStorage};
+use metadata_proxy_common::{Counter, Flow, LAYOUT_VERSION, Settings, Wanted};
+use tokio::io::unix::AsyncFd;
+use tracing::warn;
+
+pub(crate) use object::detach;
+
+/// What goes wrong between us and the kernel, for the reader.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(
+        "cannot load the BPF programs into kernel {kernel}: {source}. metadata-proxy needs Linux 5.15 or later with CONFIG_CGROUP_BPF, CONFIG_BPF_SYSCALL and BTF (/sys/kernel/btf/vmlinux)"
+    )]
+    Load { kernel: String, source: anyhow::Error },
+    #[error("cannot attach {program} to cgroup {}: {source}. If the kernel says EPERM, another BPF program holds this hook without BPF_F_ALLOW_MULTI: `bpftool cgroup show {}` names it", .cgroup.display(), .cgroup.display())]
+    Attach { program: &'static str, cgroup: PathBuf, source: anyhow::Error },
+    #[error("cannot use the pin directory {}: {source}. It must be on a bpffs (--bpffs)", .path.display())]
+    Pin { path: PathBuf, source: std::io::Error },
+    #[error("BPF map {map}: {source}")]
+    Map { map: &'static str, source: aya::maps::MapError },
+    #[error("the BPF object has no {0}; this build is broken")]
+    Missing(&'static str),
+}
+
+/// Where and how to attach.
+pub(crate) struct Options<'a> {
+    pub(crate) cgroup: &'a Path,
+    /// The mounted bpffs; ours is a directory in it.
+    pub(crate) bpffs: &'a Path,
+    pub(crate) settings: Settings,
+    /// Lets the programs log each connection they touch.
+    pub(crate) debug: bool,
+}
+
+/// The attached programs' maps.
+pub(crate) struct Interceptor {
+    containers: Mutex<HashMap<MapData, u64, u32>>,
+    listeners: Mutex<HashMap<MapData, u64, u32>>,
+    accepted: SkStorage<MapData, Flow>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+impl Interceptor {
+    /// Loads the programs and attaches them, or takes over from the daemon that was here before.
+    pub(crate) fn attach(options: &Options<'_>) -> Result<(Self, WantedEvents), Error> {
+        let pins = object::Pins::create(options.bpffs, options.cgroup, LAYOUT_VERSION)?;
+        let mut object = object::load(&pins, options.debug)?;
+
+        // Before any program runs: without settings they refuse everything.
+        let mut settings: Array<MapData, Settings> = maps::take(&mut object, "SETTINGS")?;
+        settings.set(0, options.settings, 0).map_err(maps::error("SETTINGS"))?;
+
+        let interceptor = Self {
+            containers: Mutex::new(maps::take(&mut object, "CONTAINERS")?),
+            listeners: Mutex::new(maps::take(&mut object, "LISTENERS")?),
+            accepted: maps::take(&mut object, "ACCEPTED")?,
+            counters: maps::take(&mut object, "COUNTERS")?,
+        };
+        let wanted = WantedEvents::new(maps::take(&mut object, "WANTED")?)?;
+        // The listeners of a daemon before us died with it; connections are held until ours are there.
+        interceptor.forget_listeners();
+
+        link::attach_all(&mut object, &pins, options.cgroup)?;
+        pins.remove_stale();
+        object::follow_log(&mut object);
+        Ok((interceptor, wanted))
+    }
+
+    /// Who opened this accepted connection. None if the kernel has no record of it: refuse it.
+    pub(crate) fn flow_of(&self, connection: &impl AsRawFd) -> Option<Flow> {
+        self.accepted.get(connection, 0).ok()
+    }
+
+    /// From now on connections in this namespace go to its listener on `port`.
+    pub(crate) fn set_listener(&self, netns: u64, port: u16) -> Result<(), Error> {
+        maps::lock(&self.listeners).insert(netns, u32::from(port), 0).map_err(maps::error("LISTENERS"))
+    }
+
+    /// From now on connections in this namespace are held.
+    pub(crate) fn forget_listener(&self, netns: u64) {
+        maps::remove(&self.listeners, "LISTENERS", netns);
+    }
+
+    /// From now on all connections are held.
+    pub(crate) fn forget_listeners(&self) {
+        for netns in maps::keys(&self.listeners) {
+            self.forget_listener(netns);
+        }
+    }
+
+    /// Intercept this cgroup's connections also in the host's network namespace.
+    pub(crate) fn add_container(&self, cgroup: u64) -> Result<(), Error> {
+        maps::lock(&self.containers).insert(cgroup, 1, 0).map_err(maps::error("CONTAINERS"))
+    }
+
+    pub(crate) fn remove_container(&self, cgroup: u64) {
+        maps::remove(&self.containers, "CONTAINERS", cgroup);
+    }
+
+    /// The cgroups that are intercepted in the host's namespace, also from a daemon before us.
+    pub(crate) fn containers(&self) -> Vec<u64> {
+        maps::keys(&self.containers)
+    }
+
+    /// What the programs have counted since they were first attached.
+    pub(crate) fn counters(&self) -> Vec<(Counter, u64)> {
+        let read = |counter: &Counter| {
+            let values = self.counters.get(&(*counter as u32), 0);
+            (*counter, values.map_or(0, |values| values.iter().sum()))
+        };
+        Counter::ALL.iter().map(read).collect()
+    }
+}
+
+/// The stream of namespaces that need a listener.
+pub(crate) struct WantedEvents {
+    ready: AsyncFd<OwnedFd>,
+    ring: RingBuf<MapData>,
+}
+
+impl WantedEvents {
+    fn new(ring: RingBuf<MapData>) -> Result<Self, Error> {
+        let fd = |source: std::io::Error| Error::Map { map: "WANTED", source: aya::maps::MapError::IoError(source) };
+        // A duplicate, so that reading the ring does not need the reactor's guard.
+        let copy = rustix::io::dup(&ring).map_err(|error| fd(error.into()))?;
+        let ready = maps::readable(copy).map_err(fd)?;
+        Ok(Self { ready, ring })
+    }
+
+    /// The next namespace and a process in it. Cancel safe.
+    pub(crate) async fn next(&mut self) -> std::io::Result<(u64, u32)> {
+        loop {
+            if let Some(entry) = self.ring.next() {
+                match maps::read::<Wanted>(&entry) {
+                    Some(wanted) => return Ok((wanted.netns, wanted.pid)),
+                    None => warn!("the kernel sent a request of {} bytes that is none of ours", entry.len()),
+                }
+                continue;
+            }
+            self.ready.readable().await?.clear_ready();
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Attaching each program to the cgroup: a new link, or, where the link of an earlier daemon is
+//! pinned, an exchange of its program without a moment in between.
+
+use std::{fs::File, os::fd::AsFd as _, path::Path};
+
+use anyhow::{Context as _, bail};
+use aya::{
+    Ebpf,
+    programs::{CgroupAttachMode, CgroupSkbAttachType, Program, links::FdLink},
+};
+use tracing::debug;
+
+use super::{Error, object::Pins, syscall};
+
+/// In the order of attachment. The guard goes first: a connection whose redirection is not attached
+/// yet is cut rather than let through.
+const PROGRAMS: [&str; 6] =
+    ["imds_egress", "imds_sock_ops", "imds_getpeername4", "imds_getpeername6", "imds_connect4", "imds_connect6"];
+
+pub(super) fn attach_all(object: &mut Ebpf, pins: &Pins, cgroup: &Path) -> Result<(), Error> {
+    let directory = File::open(cgroup).map_err(|error| Error::Attach {
+        program: "anything",
+        cgroup: cgroup.to_owned(),
+        source: error.into(),
+    })?;
+    for name in PROGRAMS {
+        let program = object.program_mut(name).ok_or(Error::Missing(name))?;
+        load(program).map_err(|source| super::object::load_error(source.context(name)))?;
+    }
+    for name in PROGRAMS {
+        let program = object.program_mut(name).ok_or(Error::Missing(name))?;
+        attach(program, &directory, &pins.link(name)).map_err(|source| Error::Attach {
+            program: name,
+            cgroup: cgroup.to_owned(),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn load(program: &mut Program) -> anyhow::Result<()> {
+    match program {
+        Program::CgroupSockAddr(program) => program.load()?,
+        Program::CgroupSkb(program) => program.load()?,
+        Program::SockOps(program) => program.load()?,
+        _ => bail!("a program of an unexpected type"),
+    }
+    Ok(())
+}
+
+fn attach(program: &mut Program, cgroup: &File, pin: &Path) -> anyhow::Result<()> {
+    if pin.exists() {
+        debug!("exchanging the program of {}", pin.display());
+        let link = syscall::open_pin(pin).context("cannot open the pinned link")?;
+        return syscall::update_link(link.as_fd(), program.fd()?.as_fd()).context("cannot exchange the program");
+    }
+    // The kernel lets several links share a hook, whatever the mode; and it refuses any other mode
+    // for a link with EINVAL.
+    let mode = CgroupAttachMode::Single;
+    let link: FdLink = match program {
+        Program::CgroupSockAddr(program) => {
+            let id = program.attach(cgroup, mode)?;
+            program.take_link(id)?.try_into()?
+        }
+        Program::CgroupSkb(program) => {
+            let id = program.attach(cgroup, CgroupSkbAttachType::Egress, mode)?;
+            program.take_link(id)?.try_into()?
+        }
+        Program::SockOps(program) => {
+            let id = program.attach(cgroup, mode)?;
+            program.take_link(id)?.try_into()?
+        }
+        _ => bail!("a program of an unexpected type"),
+    };
+    link.pin(pin).context("cannot pin the link")?;
+    Ok(())
+}

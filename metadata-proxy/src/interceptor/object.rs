@@ -1,0 +1,137 @@
+//! The BPF object: loading it over the pinned maps, and what stands in bpffs.
+//!
+//! ```text
+//! <bpffs>/metadata-proxy/v<layout>/maps/<MAP>
+//! <bpffs>/metadata-proxy/v<layout>/links-<cgroup id>/<program>
+//! ```
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use aya::{Ebpf, EbpfLoader};
+use aya_log::{EbpfLogger, Level};
+use tracing::{info, warn};
+
+use super::{Error, maps};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("METADATA_PROXY_EBPF_OBJECT"));
+
+/// Ours within the bpffs.
+const DIRECTORY: &str = "metadata-proxy";
+
+/// The maps that outlive the daemon. Not the log: its reader is gone with it.
+const MAPS: [&str; 8] = ["SETTINGS", "CONTAINERS", "LISTENERS", "FLOWS", "WANTED", "COUNTERS", "CLIENTS", "ACCEPTED"];
+
+/// The pins of one layout version and one attach point.
+pub(super) struct Pins {
+    root: PathBuf,
+    version: PathBuf,
+    links: PathBuf,
+}
+
+impl Pins {
+    pub(super) fn create(bpffs: &Path, cgroup: &Path, layout: u32) -> Result<Self, Error> {
+        let root = bpffs.join(DIRECTORY);
+        let version = root.join(format!("v{layout}"));
+        // A link stays with its cgroup: another --cgroup needs links of its own.
+        let cgroup_id = fs::metadata(cgroup).map_err(pin_error(cgroup))?.ino();
+        let links = version.join(format!("links-{cgroup_id}"));
+        for directory in [&version.join("maps"), &links] {
+            fs::create_dir_all(directory).map_err(pin_error(directory))?;
+        }
+        Ok(Self { root, version, links })
+    }
+
+    pub(super) fn link(&self, program: &str) -> PathBuf {
+        self.links.join(program)
+    }
+
+    fn map(&self, name: &str) -> PathBuf {
+        self.version.join("maps").join(name)
+    }
+
+    /// Removes what other layouts and attach points have left, now that ours are in place.
+    pub(super) fn remove_stale(&self) {
+        let stale = |directory: &Path, keep: &[&Path]| {
+            let entries = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+            entries.filter(|path| !keep.contains(&path.as_path())).collect::<Vec<_>>()
+        };
+        let mut paths = stale(&self.root, &[&self.version]);
+        paths.extend(stale(&self.version, &[&self.links, &self.version.join("maps")]));
+        for path in paths {
+            match fs::remove_dir_all(&path) {
+                Ok(()) => info!("detached what an earlier version or --cgroup left in {}", path.display()),
+                Err(error) => warn!("cannot remove {}: {error}", path.display()),
+            }
+        }
+    }
+}
+
+/// Detaches and removes everything, and says what; nothing there is nothing to do.
+pub(crate) fn detach(bpffs: &Path) -> io::Result<Vec<PathBuf>> {
+    let root = bpffs.join(DIRECTORY);
+    let mut removed = Vec::new();
+    // Links before maps, so that no program ever runs on half of its maps.
+    for version in entries(&root)? {
+        let (maps, links): (Vec<_>, Vec<_>) = entries(&version)?.into_iter().partition(|path| path.ends_with("maps"));
+        for directory in links.into_iter().chain(maps) {
+            for pin in entries(&directory)? {
+                fs::remove_file(&pin)?;
+                removed.push(pin);
+            }
+            fs::remove_dir(&directory)?;
+        }
+        fs::remove_dir(&version)?;
+    }
+    match fs::remove_dir(&root) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(removed),
+    }
+}
+
+fn entries(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(directory) {
+        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+pub(super) fn load(pins: &Pins, debug: bool) -> Result<Ebpf, Error> {
+    // With another level the verifier removes the log calls as dead code.
+    let level = if debug { Level::Debug } else { Level::Warn } as u8;
+    let mut loader = EbpfLoader::new();
+    loader.override_global("AYA_LOG_LEVEL", &level, true);
+    for map in MAPS {
+        loader.map_pin_path(map, pins.map(map));
+    }
+    loader.load(OBJECT).map_err(|error| load_error(error.into()))
+}
+
+pub(super) fn load_error(source: anyhow::Error) -> Error {
+    let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+    // The whole chain: the verifier's words are at its end.
+    Error::Load { kernel, source: anyhow::anyhow!("{source:#}") }
+}
+
+/// Carries the programs' log lines into ours. Without it they run just as well.
+pub(super) fn follow_log(object: &mut Ebpf) {
+    let logger = EbpfLogger::init(object).map_err(anyhow::Error::from).and_then(|logger| Ok(maps::readable(logger)?));
+    let mut logger = match logger {
+        Ok(logger) => logger,
+        Err(error) => return warn!("the BPF programs' log lines will be missing: {error}"),
+    };
+    tokio::spawn(async move {
+        while let Ok(mut guard) = logger.readable_mut().await {
+            guard.get_inner_mut().flush();
+            guard.clear_ready();
+        }
+    });
+}
+
+fn pin_error(path: &Path) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Pin { path: path.to_owned(), source }
+}

@@ -1,0 +1,105 @@
+//! What must hold before anything is attached; each thing missing is named with its remedy.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+use rustix::{
+    fs::statfs,
+    mount::{MountFlags, mount},
+    thread::CapabilitySet,
+};
+use tracing::info;
+
+const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+const CGROUP2_MAGIC: u64 = 0x6367_7270;
+
+/// What the daemon needs to do its work, and for what.
+const CAPABILITIES: [(CapabilitySet, &str, &str); 4] = [
+    (
+        CapabilitySet::SYS_ADMIN,
+        "CAP_SYS_ADMIN",
+        "to enter the containers' network namespaces and to attach BPF programs",
+    ),
+    (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN", "to attach network BPF programs"),
+    (CapabilitySet::BPF, "CAP_BPF", "to load BPF programs"),
+    (CapabilitySet::SYS_PTRACE, "CAP_SYS_PTRACE", "to find a container's network namespace in /proc"),
+];
+
+pub(crate) fn capabilities() -> anyhow::Result<()> {
+    let ours = rustix::thread::capabilities(None).context("cannot read the daemon's own capabilities")?.effective;
+    for (capability, name, reason) in CAPABILITIES {
+        if !ours.contains(capability) {
+            bail!("{name} is missing: the daemon needs it {reason}. Run it as root, in a container with --privileged");
+        }
+    }
+    Ok(())
+}
+
+/// The cgroup to attach to: the given one, else the root of the host's cgroup2 hierarchy.
+pub(crate) fn cgroup(given: Option<&Path>) -> anyhow::Result<PathBuf> {
+    if let Some(path) = given {
+        let magic = statfs(path).with_context(|| format!("--cgroup {}: no such directory", path.display()))?.f_type;
+        if magic.cast_unsigned() != CGROUP2_MAGIC {
+            bail!(
+                "--cgroup {} is not in a cgroup2 hierarchy; give a directory below a cgroup2 mount (`findmnt -t cgroup2`)",
+                path.display()
+            );
+        }
+        return Ok(path.to_owned());
+    }
+    let mount = cgroup2_mount()?;
+    if fs::metadata(&mount).map(|root| std::os::unix::fs::MetadataExt::ino(&root)).ok() != Some(1) {
+        bail!(
+            "{} is not the host's root cgroup: the daemon sees only a part of the hierarchy. Run it in the host's cgroup namespace (docker run --cgroupns=host), or give --cgroup",
+            mount.display()
+        );
+    }
+    Ok(mount)
+}
+
+/// Where cgroup2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified on a hybrid host.
+pub(crate) fn cgroup2_mount() -> anyhow::Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    // The last one that can be seen: a later mount may hide an earlier one.
+    let mounted = |path: &PathBuf| statfs(path).is_ok_and(|fs| fs.f_type.cast_unsigned() == CGROUP2_MAGIC);
+    mounts.lines().filter_map(cgroup2_mount_point).rfind(mounted).context(
+        "no cgroup2 hierarchy is mounted, and identity rests on it. On a host with cgroup v1 only, boot with systemd.unified_cgroup_hierarchy=1 (or =0 with systemd.legacy_systemd_cgroup_controller=0 for hybrid); elsewhere: mount -t cgroup2 none /sys/fs/cgroup",
+    )
+}
+
+/// `36 35 0:31 / /sys/fs/cgroup rw,... shared:9 - cgroup2 cgroup2 rw`
+fn cgroup2_mount_point(line: &str) -> Option<PathBuf> {
+    let (mount, filesystem) = line.split_once(" - ")?;
+    filesystem.starts_with("cgroup2 ").then_some(())?;
+    mount.split(' ').nth(4).map(PathBuf::from)
+}
+
+/// Makes sure that there is a bpffs to pin in, as bpftool and Cilium do.
+pub(crate) fn bpffs(path: &Path) -> anyhow::Result<()> {
+    let magic = statfs(path).with_context(|| format!("--bpffs {}: no such directory", path.display()))?.f_type;
+    if magic.cast_unsigned() == BPF_FS_MAGIC {
+        return Ok(());
+    }
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("bpf", path, "bpf", flags, Some(c"mode=0700")).with_context(|| {
+        format!("{0} is not a bpffs and cannot be made one; mount it: mount -t bpf bpf {0}", path.display())
+    })?;
+    info!("mounted a bpffs on {}", path.display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_cgroup2_mount_of_hybrid_and_unified_hosts() {
+        let line = "44 30 0:39 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw";
+        assert_eq!(cgroup2_mount_point(line), Some(PathBuf::from("/sys/fs/cgroup/unified")));
+        let v1 = "43 30 0:38 / /sys/fs/cgroup/pids rw,relatime shared:8 - cgroup cgroup rw,pids";
+        assert_eq!(cgroup2_mount_point(v1), None);
+    }
+}

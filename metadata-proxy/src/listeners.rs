@@ -1,0 +1,193 @@
+//! One listener in each network namespace that needs one, on a loopback address there.
+//!
+//! Opened ahead when a container starts, or on demand when the kernel holds a connection; closed
+//! when its containers are gone, because a listener keeps its namespace (and the interfaces in it)
+//! alive. Closing is always safe: a connection that comes later is held and asks for it again.
+
+pub(crate) mod netns;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use metadata_proxy_common::Flow;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{debug, info, warn};
+
+use crate::interceptor::{Interceptor, WantedEvents};
+use netns::Opened;
+
+/// An accepted connection and who opened it.
+pub(crate) type Connection = (TcpStream, Flow);
+
+pub(crate) struct Listeners {
+    interceptor: Arc<Interceptor>,
+    worker: netns::Worker,
+    open: Mutex<HashMap<u64, Open>>,
+    connections: mpsc::Sender<Connection>,
+    tasks: TaskTracker,
+}
+
+struct Open {
+    close: CancellationToken,
+    /// How many running containers want it kept.
+    holds: usize,
+    last_used: Instant,
+}
+
+/// How long to wait for a listener that is just being closed.
+const CLOSING: (u32, Duration) = (50, Duration::from_millis(5));
+
+impl Listeners {
+    pub(crate) fn new(
+        interceptor: Arc<Interceptor>,
+        connections: mpsc::Sender<Connection>,
+    ) -> anyhow::Result<Arc<Self>> {
+        let worker = netns::Worker::start()?;
+        let open = Mutex::default();
+        Ok(Arc::new(Self { interceptor, worker, open, connections, tasks: TaskTracker::new() }))
+    }
+
+    /// Opens listeners as the kernel asks for them, until the ring buffer fails.
+    pub(crate) async fn serve_wanted(self: Arc<Self>, mut wanted: WantedEvents) -> std::io::Result<()> {
+        loop {
+            let (netns, pid) = wanted.next().await?;
+            if self.lock().contains_key(&netns) {
+                continue; // opened since; the connection's next SYN gets through
+            }
+            let listeners = Arc::clone(&self);
+            self.tasks.spawn(async move {
+                if let Err(error) = listeners.ensure(pid).await {
+                    // The process may simply be gone.
+                    debug!("no listener in the network namespace {netns} of process {pid}: {error:#}");
+                }
+            });
+        }
+    }
+
+    /// Opens the listener of this process's network namespace unless it is there; its cookie.
+    pub(crate) async fn ensure(self: &Arc<Self>, pid: u32) -> anyhow::Result<u64> {
+        for _ in 0..CLOSING.0 {
+            match self.worker.open(pid).await? {
+                Opened::New { listener, netns, port } => {
+                    self.add(listener, netns, port).inspect_err(|_| self.worker.closed(netns))?;
+                    return Ok(netns);
+                }
+                Opened::Already { netns } if self.lock().contains_key(&netns) => return Ok(netns),
+                Opened::Already { .. } => tokio::time::sleep(CLOSING.1).await,
+            }
+        }
+        bail!("its old listener does not close");
+    }
+
+    fn add(self: &Arc<Self>, listener: std::net::TcpListener, netns: u64, port: u16) -> anyhow::Result<()> {
+        let listener = TcpListener::from_std(listener).context("cannot poll the listener")?;
+        let close = CancellationToken::new();
+        let entry = Open { close: close.clone(), holds: 0, last_used: Instant::now() };
+        self.lock().insert(netns, entry);
+        self.tasks.spawn(Arc::clone(self).accept(listener, netns, close));
+        if let Err(error) = self.interceptor.set_listener(netns, port) {
+            self.close(netns);
+            return Err(error.into());
+        }
+        debug!("listening in network namespace {netns} on port {port}");
+        Ok(())
+    }
+
+    async fn accept(self: Arc<Self>, listener: TcpListener, netns: u64, close: CancellationToken) {
+        loop {
+            let accepted = tokio::select! {
+                () = close.cancelled() => break,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((connection, _)) => self.hand_over(connection, netns).await,
+                Err(error) => {
+                    // Out of descriptors, or a connection gone before we took it. Neither may spin.
+                    warn!("accept in network namespace {netns}: {error}");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+        // Those whose SYN was let through before the listener was forgotten.
+        while let Ok(Ok((connection, _))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
+            self.hand_over(connection, netns).await;
+        }
+        drop(listener);
+        self.worker.closed(netns);
+    }
+
+    async fn hand_over(&self, connection: TcpStream, netns: u64) {
+        if let Some(open) = self.lock().get_mut(&netns) {
+            open.last_used = Instant::now();
+        }
+        match self.interceptor.flow_of(&connection) {
+            // Fails only when the server is gone, and then nobody is there to care.
+            Some(flow) if flow.netns == netns => drop(self.connections.send((connection, flow)).await),
+            // Closed by dropping it: who it is nobody can tell.
+            _ => warn!("closed a connection without a recorded flow in network namespace {netns}"),
+        }
+    }
+
+    /// Keeps the listener of this namespace open for a running container.
+    pub(crate) fn hold(&self, netns: u64) {
+        if let Some(open) = self.lock().get_mut(&netns) {
+            open.holds += 1;
+        }
+    }
+
+    /// The container is gone; with the last one goes the listener.
+    pub(crate) fn release(&self, netns: u64) {
+        let unused = match self.lock().get_mut(&netns) {
+            Some(open) => {
+                open.holds = open.holds.saturating_sub(1);
+                open.holds == 0
+            }
+            None => false,
+        };
+        if unused {
+            self.close(netns);
+        }
+    }
+
+    /// Closes the listeners that no container holds and nobody has used for this long: namespaces
+    /// of processes that no engine told us about.
+    pub(crate) fn close_idle(&self, idle: Duration) {
+        let unused = |open: &Open| open.holds == 0 && open.last_used.elapsed() >= idle;
+        let idle: Vec<u64> = self.lock().iter().filter(|(_, open)| unused(open)).map(|(netns, _)| *netns).collect();
+        for netns in idle {
+            self.close(netns);
+        }
+    }
+
+    fn close(&self, netns: u64) {
+        // First the kernel, so that it holds what comes from now on.
+        self.interceptor.forget_listener(netns);
+        if let Some(open) = self.lock().remove(&netns) {
+            debug!("closing the listener in network namespace {netns}");
+            open.close.cancel();
+        }
+    }
+
+    /// Holds new connections and closes all listeners, for the end of the daemon.
+    pub(crate) async fn shut_down(&self) {
+        let open: Vec<u64> = self.lock().keys().copied().collect();
+        info!("closing {} listeners; new connections wait for the next daemon", open.len());
+        for netns in open {
+            self.close(netns);
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,93 @@
+//! A running container and everything the daemon does for it. All of it ends when this is dropped.
+
+use std::sync::Arc;
+
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::{info, warn};
+
+use crate::{
+    containers::Container,
+    credentials::{DEFAULT_DURATION, Hold, RoleSession, Store},
+    identity::{self, RoleArn},
+    interceptor::Interceptor,
+    listeners::Listeners,
+};
+
+/// What makes workloads of containers.
+pub(crate) struct Workloads {
+    pub(crate) interceptor: Arc<Interceptor>,
+    pub(crate) listeners: Arc<Listeners>,
+    pub(crate) credentials: Arc<Store>,
+    pub(crate) default_role: Option<RoleArn>,
+}
+
+pub(crate) struct Workload {
+    pub(crate) container: Container,
+    /// None: the container has no role, or one that cannot be.
+    pub(crate) role: Option<Role>,
+    _listener: DropGuard,
+}
+
+pub(crate) struct Role {
+    pub(crate) arn: RoleArn,
+    pub(crate) session: RoleSession,
+    /// Keeps its credentials fetched and renewed.
+    _hold: Hold,
+}
+
+impl Workloads {
+    pub(crate) fn admit(&self, container: Container) -> Workload {
+        // First the interception, which is what keeps a host-network container from the host's role.
+        // It ends later than the workload: see the sweep in `app`.
+        if let Err(error) = self.interceptor.add_container(container.cgroup) {
+            warn!(
+                container = container.name,
+                "in the host's network namespace it would reach the real service: {error}"
+            );
+        }
+        let role = self.role(&container);
+        let listener = CancellationToken::new();
+        tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
+        Workload { container, role, _listener: listener.drop_guard() }
+    }
+
+    fn role(&self, container: &Container) -> Option<Role> {
+        let name = &container.name;
+        let chosen = identity::choose_role(&container.labels, &container.env, self.default_role.as_ref());
+        let arn = match chosen {
+            Some((source, Ok(arn))) => {
+                info!(container = name, role = %arn, "role from {source}");
+                arn
+            }
+            Some((source, Err(error))) => {
+                warn!(container = name, "no role, because its {source} is wrong: {error}");
+                return None;
+            }
+            None => {
+                info!(container = name, "no role");
+                return None;
+            }
+        };
+        let session = RoleSession {
+            role_arn: arn.as_str().to_owned(),
+            session_name: identity::session_name(name, &container.id),
+            external_id: None,
+            duration: DEFAULT_DURATION,
+        };
+        let hold = self.credentials.hold(session.clone());
+        Some(Role { arn, session, _hold: hold })
+    }
+}
+
+/// Opens the listener of the container's namespace before it is asked for, and lets it go at the end.
+async fn hold_listener(listeners: Arc<Listeners>, pid: u32, end: CancellationToken) {
+    match listeners.ensure(pid).await {
+        Ok(netns) => {
+            listeners.hold(netns);
+            end.cancelled().await;
+            listeners.release(netns);
+        }
+        // Its first connection asks again.
+        Err(error) => warn!("no listener yet in the network namespace of process {pid}: {error:#}"),
+    }
+}

@@ -1,0 +1,132 @@
+//! What the embedded STS remembers, and what it answers from that.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Response, StatusCode, header};
+use http_body_util::Full;
+use jiff::Timestamp;
+
+use super::roles::{self, AssumeRole, Issued};
+use super::wire::{self, Refusal};
+use super::{Call, Fault, Outcome};
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// Keys that were not issued here, and who they are.
+    pub(super) identities: HashMap<String, String>,
+    pub(super) issued: HashMap<String, Issued>,
+    pub(super) calls: Vec<Call>,
+    /// Counted apart from `calls`, which can be cleared.
+    serial: u64,
+    pub(super) fault: Option<Fault>,
+    pub(super) role_faults: HashMap<String, Fault>,
+    pub(super) lifetime: Option<Duration>,
+}
+
+impl State {
+    /// Records a call before anything can go wrong with it, and finds out what is to go wrong.
+    pub(super) fn record(&mut self, headers: &HeaderMap, body: &Bytes) -> (Call, Option<Fault>) {
+        let mut parameters = wire::form(body);
+        let user_agent = headers.get(header::USER_AGENT).map(header::HeaderValue::as_bytes).unwrap_or_default();
+        self.serial += 1;
+        let call = Call {
+            number: self.serial,
+            action: parameters.remove("Action").unwrap_or_default(),
+            parameters,
+            access_key: wire::access_key(headers),
+            user_agent: String::from_utf8_lossy(user_agent).into_owned(),
+            outcome: Outcome::Open,
+        };
+        self.calls.push(call.clone());
+        if call.action != "AssumeRole" {
+            return (call, None);
+        }
+        let of_role = call.parameters.get("RoleArn").and_then(|role| self.role_faults.get(role));
+        let fault = of_role.or(self.fault.as_ref()).cloned();
+        (call, fault)
+    }
+
+    /// Answers a call and completes its record.
+    pub(super) fn answer(&mut self, call: &Call, headers: &HeaderMap, fault: Option<&Fault>) -> Response<Full<Bytes>> {
+        let result = match fault {
+            Some(Fault::Refuse) => Err(self.denied(call)),
+            Some(Fault::Throttle) => Err(Refusal::new(StatusCode::BAD_REQUEST, "Throttling", "Rate exceeded")),
+            Some(Fault::ServerError) => {
+                let message = "We encountered an internal error. Please try again.";
+                Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalFailure", message))
+            }
+            // The caller has seen to these: they are about when to answer, not what.
+            Some(Fault::Delay(_) | Fault::Hang) | None => self.perform(call, headers),
+        };
+        let request_id = format!("00000000-0000-4000-8000-{:012x}", call.number);
+        let (outcome, response) = match result {
+            Ok((outcome, xml)) => (outcome, wire::answer(&call.action, &xml, &request_id)),
+            Err(refusal) => (Outcome::Refused(refusal.code), wire::refuse(&refusal, &request_id)),
+        };
+        // Gone when somebody cleared the records in the meantime.
+        if let Some(recorded) = self.calls.iter_mut().rev().find(|recorded| recorded.number == call.number) {
+            recorded.outcome = outcome;
+        }
+        response
+    }
+
+    fn perform(&mut self, call: &Call, headers: &HeaderMap) -> Result<(Outcome, String), Refusal> {
+        let caller = self.caller(call, headers)?;
+        match call.action.as_str() {
+            "AssumeRole" => {
+                let request = AssumeRole::parse(&call.parameters)?;
+                let issued =
+                    request.issue(self.issued.len() as u64 + 1, self.lifetime).ok_or_else(|| self.denied(call))?;
+                let (key, xml) = (issued.access_key.clone(), issued.xml());
+                self.issued.insert(key.clone(), issued);
+                Ok((Outcome::Issued(key), xml))
+            }
+            "GetCallerIdentity" => Ok((Outcome::Identified(caller.clone()), roles::identity_xml(&caller))),
+            action => {
+                let version = call.parameters.get("Version").map(String::as_str).unwrap_or_default();
+                let message = format!("Could not find operation {action} for version {version}");
+                Err(Refusal::new(StatusCode::BAD_REQUEST, "InvalidAction", message))
+            }
+        }
+    }
+
+    /// Who signed, by the access key; the token has to be the one that was issued with it.
+    fn caller(&self, call: &Call, headers: &HeaderMap) -> Result<String, Refusal> {
+        let unknown = || {
+            Refusal::new(
+                StatusCode::FORBIDDEN,
+                "InvalidClientTokenId",
+                "The security token included in the request is invalid.",
+            )
+        };
+        let key = call.access_key.as_deref().ok_or_else(|| {
+            Refusal::new(StatusCode::FORBIDDEN, "MissingAuthenticationToken", "Request is missing Authentication Token")
+        })?;
+        if let Some(arn) = self.identities.get(key) {
+            return Ok(arn.clone());
+        }
+        let issued = self.issued.get(key).ok_or_else(unknown)?;
+        let token = headers.get("x-amz-security-token").map(header::HeaderValue::as_bytes);
+        if token != Some(issued.session_token.as_bytes()) {
+            return Err(unknown());
+        }
+        if issued.expiration <= Timestamp::now() {
+            return Err(Refusal::new(
+                StatusCode::FORBIDDEN,
+                "ExpiredToken",
+                "The security token included in the request is expired",
+            ));
+        }
+        Ok(issued.assumed_role_arn.clone())
+    }
+
+    fn denied(&self, call: &Call) -> Refusal {
+        let caller =
+            call.access_key.as_ref().and_then(|key| self.identities.get(key)).map_or("anonymous", String::as_str);
+        let role = call.parameters.get("RoleArn").map(String::as_str).unwrap_or_default();
+        let message = format!("User: {caller} is not authorized to perform: sts:AssumeRole on resource: {role}");
+        Refusal::new(StatusCode::FORBIDDEN, "AccessDenied", message)
+    }
+}

@@ -1,0 +1,59 @@
+//! Building: the BPF object first, because the daemon carries it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+
+use crate::{cargo, install, run, workspace};
+
+const TARGET: &str = "bpfel-unknown-none";
+
+/// Compiles the BPF programs; the object lies where the daemon's build script looks for it.
+pub(crate) fn ebpf() -> anyhow::Result<PathBuf> {
+    let toolchain = install::bpf_toolchain()?;
+    let linker = install::bpf_linker()?;
+    let target = workspace()?.join("target/bpf");
+    // debuginfo, for the kernel is told the maps' types by what is derived from it.
+    let flags = [format!("-Clinker={}", linker.display()), "-Cdebuginfo=2".into(), "-Clink-arg=--btf".into()];
+    let mut build = toolchain.cargo();
+    build
+        .args(["build", "--quiet", "--release", "--locked", "--target", TARGET, "--target-dir"])
+        .arg(&target)
+        .current_dir("metadata-proxy-ebpf")
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    run(&mut build)?;
+
+    let object = target.join("metadata-proxy.o");
+    let built = fs::read(target.join(TARGET).join("release/metadata-proxy")).context("the linker left no object")?;
+    // Left alone when it is the same, lest the daemon be built again.
+    if fs::read(&object).ok().as_ref() != Some(&built) {
+        fs::write(&object, built).with_context(|| format!("cannot write {}", object.display()))?;
+    }
+    Ok(object)
+}
+
+/// Compiles the daemon around the BPF object.
+pub(crate) fn daemon(release: bool) -> anyhow::Result<PathBuf> {
+    ebpf()?;
+    install::c_toolchain()?;
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--package", "metadata-proxy"]);
+    if release {
+        build.arg("--release");
+    }
+    run(&mut build)?;
+    binary(if release { "release" } else { "debug" }, "metadata-proxy")
+}
+
+/// A program that cargo has built.
+pub(crate) fn binary(profile: &str, name: &str) -> anyhow::Result<PathBuf> {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new("target").to_owned(), PathBuf::from);
+    let path = workspace()?.join(target).join(profile).join(name);
+    if !path.is_file() {
+        bail!("cargo built no {}", path.display());
+    }
+    Ok(path)
+}

@@ -1,0 +1,79 @@
+//! `cargo xtask`: builds, runs, shows and tests metadata-proxy, and installs what that needs.
+
+mod build;
+mod install;
+mod test;
+
+use std::{
+    env,
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, bail};
+use clap::Parser;
+
+/// Builds, runs, shows and tests metadata-proxy, and installs what that needs
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+enum Task {
+    /// Build the BPF programs
+    BuildEbpf,
+    /// Build the BPF programs and the daemon
+    Build {
+        /// Optimised, as it is to be installed
+        #[arg(long)]
+        release: bool,
+    },
+    /// Build the daemon and run it on this machine: `run -- run --help`
+    Run {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<OsString>,
+    },
+    /// Show the main job on a hermetic test host: real containers, simulated AWS
+    Demo,
+    /// Run all tests: unit, privileged, end to end
+    Test {
+        /// Only the tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Check what CI checks before the tests: formatting and lints, warnings denied
+    Lint,
+}
+
+fn main() -> anyhow::Result<()> {
+    env::set_current_dir(workspace()?).context("cannot enter the workspace")?;
+    match Task::parse() {
+        Task::BuildEbpf => build::ebpf().map(drop),
+        Task::Build { release } => build::daemon(release).map(drop),
+        Task::Run { args } => run(Command::new(build::daemon(false)?).args(args)),
+        Task::Demo => test::demo(),
+        Task::Test { filter } => test::all(filter.as_deref()),
+        Task::Lint => test::lint(),
+    }
+}
+
+/// The folder of the workspace, from wherever in it the xtask was called.
+fn workspace() -> anyhow::Result<PathBuf> {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    own.parent().map(Path::to_owned).context("the xtask lies in no workspace")
+}
+
+/// The cargo that runs us.
+fn cargo() -> Command {
+    Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Runs a command that speaks for itself.
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    let status = command.status().with_context(|| format!("cannot run {}", command.get_program().display()))?;
+    if !status.success() {
+        bail!("{} {}: {status}", command.get_program().display(), words(command));
+    }
+    Ok(())
+}
+
+fn words(command: &Command) -> String {
+    command.get_args().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}

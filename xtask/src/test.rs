@@ -1,0 +1,36 @@
+//! What shows that it works: the demonstration, the tests, the lints.
+
+use std::process::Command;
+
+use crate::{build, cargo, install, run};
+
+/// Hosts with an engine each are up at the same time; on two cores more of them only wait for each other.
+const THREADS: &str = "--test-threads=2";
+const TESTS: &str = "metadata-proxy-tests";
+
+pub(crate) fn demo() -> anyhow::Result<()> {
+    install::docker_engine()?;
+    let daemon = build::daemon(false)?;
+    run(cargo().args(["build", "--quiet", "--package", TESTS, "--bins"]))?;
+    run(Command::new(build::binary("debug", "demo")?).env("METADATA_PROXY_BIN", daemon))
+}
+
+pub(crate) fn all(filter: Option<&str>) -> anyhow::Result<()> {
+    install::docker_engine()?;
+    let (python, js) = (install::python_clients()?, install::js_clients()?);
+    let daemon = build::daemon(false)?;
+    // The whole workspace: unit tests stand beside their code, end-to-end tests in `tests`. The build
+    // of the package's programs comes along, which the containers run.
+    let mut tests = cargo();
+    tests.args(["test", "--workspace", "--bins", "--lib", "--tests"]).args(filter).args(["--", THREADS]);
+    tests.env("METADATA_PROXY_BIN", daemon);
+    tests.env("METADATA_PROXY_PYTHON_CLIENTS", python).env("METADATA_PROXY_JS_CLIENTS", js);
+    run(&mut tests)
+}
+
+pub(crate) fn lint() -> anyhow::Result<()> {
+    build::ebpf()?;
+    run(cargo().args(["fmt", "--all", "--check"]))?;
+    run(cargo().args(["fmt", "--check", "--manifest-path", "metadata-proxy-ebpf/Cargo.toml"]))?;
+    run(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"]))
+}
