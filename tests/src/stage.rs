@@ -91,10 +91,15 @@ pub fn start_imds(host: &TestHost) -> Result<Imds> {
 }
 
 pub fn start_sts(host: &TestHost) -> Result<Sts> {
-    let address = STS_ADDRESS.split(':').next().unwrap_or_default();
+    add_address(host, STS_ADDRESS.split(':').next().unwrap_or_default())?;
+    Sts::start(host.bind_tcp(STS_ADDRESS)?)
+}
+
+/// An address that containers with a route reach the host by.
+pub fn add_address(host: &TestHost, address: &str) -> Result<()> {
     let status = host.command("ip").args(["address", "add", &format!("{address}/32"), "dev", "lo"]).status()?;
     ensure!(status.success(), "cannot add {address} to the test host's loopback");
-    Sts::start(host.bind_tcp(STS_ADDRESS)?)
+    Ok(())
 }
 
 /// The daemon with static keys, at the stand-in for STS.
