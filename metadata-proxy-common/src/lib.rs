@@ -96,6 +96,12 @@ pub struct Wanted {
     pub pad: u32,
 }
 
+/// What the `CGROUPS` map says of a cgroup and all below it; the deepest entry on a task's path counts.
+/// The processes of a container, intercepted in every network namespace.
+pub const CGROUP_CONTAINER: u32 = 1;
+/// Exempt by the operator: the real service is theirs.
+pub const CGROUP_EXEMPT: u32 = 2;
+
 /// Indices of the `COUNTERS` map.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,12 +120,15 @@ pub enum Counter {
     Accepted,
     /// Accepted connections without a recorded flow; the daemon closes them.
     Unknown,
-    /// Requests for a listener that found the ring buffer full.
+    /// Requests for a listener that found the ring buffer full; the next SYN repeats them.
     WantedLost,
+    /// Cgroups of containers that found the map full: in the host's network namespace these are not
+    /// intercepted until the daemon knows them.
+    CgroupsLost,
 }
 
 impl Counter {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Redirected,
         Self::Approved,
         Self::Direct,
@@ -128,6 +137,7 @@ impl Counter {
         Self::Accepted,
         Self::Unknown,
         Self::WantedLost,
+        Self::CgroupsLost,
     ];
 }
 

@@ -12,11 +12,11 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use metadata_proxy_common::{
-    CGROUP_LEVELS, Client, Counter, Flow, IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4, Settings,
-    VERDICT_APPROVED, VERDICT_REDIRECTED, Wanted,
+    CGROUP_EXEMPT, CGROUP_LEVELS, Client, Counter, Flow, IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4,
+    Settings, VERDICT_APPROVED, VERDICT_REDIRECTED,
 };
 
-use crate::maps::{CLIENTS, WANTED, count, is_container, listener, settings};
+use crate::maps::{CLIENTS, cgroup_kind, count, listener, settings};
 
 /// Third word of a v4-mapped IPv6 address, `::ffff:a.b.c.d`.
 pub const V4_MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
@@ -92,7 +92,12 @@ fn imds(ctx: &SockAddrContext, addr: &bpf_sock_addr, address: [u32; 4]) -> Verdi
         return Verdict::Deny;
     };
     let flow = current_flow(ctx);
-    let host = flow.netns == settings.host_netns && !in_container(&flow);
+    let host = match cgroup_kind_of(&flow) {
+        Some(CGROUP_EXEMPT) => true,
+        Some(_) => false,
+        // In any other namespace it must be somebody's container, before anyone has told us.
+        None => flow.netns == settings.host_netns,
+    };
     let mut client = Client {
         flow,
         verdict: if host { VERDICT_APPROVED } else { VERDICT_REDIRECTED },
@@ -119,13 +124,8 @@ fn imds(ctx: &SockAddrContext, addr: &bpf_sock_addr, address: [u32; 4]) -> Verdi
     }
     count(Counter::Redirected);
     be_patient(ctx, settings);
-    let port = match listener(flow.netns) {
-        Some(port) => port as u16,
-        None => {
-            want_listener(&flow);
-            LISTENER_PORT
-        }
-    };
+    // Whether anybody listens there is found out when the SYN leaves.
+    let port = listener(flow.netns).map_or(LISTENER_PORT, |port| port as u16);
     debug!(ctx, "redirected cgroup {} pid {} netns {} to port {}", flow.cgroup, flow.pid, flow.netns, port);
     Verdict::Redirect(port)
 }
@@ -161,16 +161,18 @@ fn current_flow(ctx: &SockAddrContext) -> Flow {
     }
 }
 
+/// What the deepest known cgroup on the task's path is.
 #[inline(always)]
-fn in_container(flow: &Flow) -> bool {
+fn cgroup_kind_of(flow: &Flow) -> Option<u32> {
+    let mut kind = None;
     let mut level = 0;
     while level < CGROUP_LEVELS {
-        if flow.ancestors[level] != 0 && is_container(flow.ancestors[level]) {
-            return true;
+        if flow.ancestors[level] != 0 {
+            kind = cgroup_kind(flow.ancestors[level]).or(kind);
         }
         level += 1;
     }
-    is_container(flow.cgroup)
+    cgroup_kind(flow.cgroup).or(kind)
 }
 
 /// Puts the verdict into the socket's own storage, over that of an earlier connect.
@@ -195,17 +197,6 @@ fn be_patient(ctx: &SockAddrContext, settings: &Settings) {
     // SAFETY: the value lives on our stack and its size is told.
     unsafe {
         bpf_setsockopt(ctx.as_ptr(), SOL_TCP, TCP_SYNCNT, core::ptr::from_mut(&mut retries).cast(), 4);
-    }
-}
-
-#[inline(always)]
-fn want_listener(flow: &Flow) {
-    match WANTED.reserve::<Wanted>(0) {
-        Some(mut entry) => {
-            entry.write(Wanted { netns: flow.netns, pid: flow.pid, pad: 0 });
-            entry.submit(0);
-        }
-        None => count(Counter::WantedLost),
     }
 }
 

@@ -1,10 +1,14 @@
 //! Every packet that leaves a socket: *hold* an intercepted SYN until its namespace has a listener,
 //! and *guard* the IMDS addresses against whatever connect(2) has not approved.
 
-use aya_ebpf::{bindings::__sk_buff, programs::SkBuffContext};
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_F_CURRENT_NETNS, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1},
+    helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_release},
+    programs::SkBuffContext,
+};
 use metadata_proxy_common::{Counter, FlowKey, IMDS_V4, IMDS_V6, LISTENER_V4, VERDICT_APPROVED, VERDICT_REDIRECTED};
 
-use crate::maps::{FLOWS, client_of_packet, count, listener};
+use crate::maps::{FLOWS, client_of_packet, count, is_ours, want_listener};
 
 const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
 const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
@@ -85,14 +89,39 @@ fn to_listener(skb: &__sk_buff) -> bool {
     if flags & (TCP_SYN | TCP_ACK) != TCP_SYN {
         return true; // an established connection lives on while the daemon drains
     }
-    if listener(client.flow.netns) != Some(u32::from(u16::from_be(port))) {
+    if !we_listen(skb, port) {
         count(Counter::Held);
+        want_listener(&client.flow);
         return false;
     }
     // Here and not at connect time: the source port is known only now, and on loopback the handshake
     // completes before this call returns.
     let key = FlowKey { netns: client.flow.netns, address: source, port: skb.local_port };
     FLOWS.insert(&key, &client.flow, 0).is_ok()
+}
+
+/// Whether the daemon listens on this port (network order) of the packet's network namespace. Asked of
+/// the kernel's own table of sockets, which no killed daemon can leave stale.
+#[inline(always)]
+fn we_listen(skb: &__sk_buff, port: u16) -> bool {
+    // No source, so that only a listener can match, never a connection.
+    let mut tuple = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 { saddr: 0, daddr: LISTENER_V4, sport: 0, dport: port };
+    // SAFETY: an IPv4 tuple of the size told; the socket is given back on the one path that has it.
+    unsafe {
+        let sk = bpf_sk_lookup_tcp(
+            core::ptr::from_ref(skb).cast_mut().cast(),
+            core::ptr::from_mut(&mut tuple).cast(),
+            size_of_val(&tuple) as u32,
+            BPF_F_CURRENT_NETNS as i64 as u64,
+            0,
+        );
+        if sk.is_null() {
+            return false;
+        }
+        let ours = is_ours(sk);
+        bpf_sk_release(sk.cast());
+        ours
+    }
 }
 
 /// One value at this offset of the IP packet, where the packet's linear part reaches that far.

@@ -7,6 +7,7 @@
 #![no_std]
 #![no_main]
 
+mod cgroup;
 mod connect;
 mod egress;
 mod maps;
@@ -14,8 +15,8 @@ mod peer;
 mod sockops;
 
 use aya_ebpf::{
-    macros::{cgroup_skb, cgroup_sock_addr, sock_ops},
-    programs::{SkBuffContext, SockAddrContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock_addr, sock_ops, tracepoint},
+    programs::{SkBuffContext, SockAddrContext, SockOpsContext, TracePointContext},
 };
 
 // A program must not be named like a section ("sockops", "classifier"): the linker takes the two
@@ -52,6 +53,18 @@ pub fn imds_sock_ops(ctx: SockOpsContext) -> u32 {
 #[cgroup_skb(egress)]
 pub fn imds_egress(ctx: SkBuffContext) -> i32 {
     egress::verdict(&ctx) as i32
+}
+
+#[tracepoint]
+pub fn imds_cgroup_made(ctx: TracePointContext) -> u32 {
+    cgroup::made(&ctx);
+    0
+}
+
+#[tracepoint]
+pub fn imds_cgroup_gone(ctx: TracePointContext) -> u32 {
+    cgroup::removed(&ctx);
+    0
 }
 
 #[cfg(not(test))]

@@ -9,18 +9,25 @@ use aya_ebpf::{
     macros::{btf_map, map},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
-use metadata_proxy_common::{Client, Counter, Flow, FlowKey, Settings};
+use metadata_proxy_common::{Client, Counter, Flow, FlowKey, Settings, Wanted};
 
 #[map]
 static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 
-/// Cgroup ids of known containers. Asked only for sockets in the host's network namespace.
+/// Cgroup id -> `CGROUP_*`. Containers enter when the kernel makes their cgroup (see `cgroup`) or when
+/// the daemon learns of them.
 #[map]
-static CONTAINERS: HashMap<u64, u32> = HashMap::with_max_entries(16384, 0);
+pub static CGROUPS: HashMap<u64, u32> = HashMap::with_max_entries(16384, 0);
 
-/// Network namespace cookie -> port of the daemon's listener there, host order.
+/// Network namespace cookie -> port of the daemon's listener there, host order: a hint, for a daemon
+/// that was killed leaves it behind. Whether it listens is asked of the listener itself.
 #[map]
 static LISTENERS: HashMap<u64, u32> = HashMap::with_max_entries(16384, 0);
+
+/// Marks the daemon's listening sockets. The mark vanishes with the socket, however that ends, and
+/// nobody else can set it.
+#[btf_map]
+static OURS: SkStorage<u32> = SkStorage::new();
 
 /// Flows between their SYN and their acceptance: on loopback a matter of microseconds. The kernel
 /// drops the oldest when it is full; the daemon refuses a connection whose flow is gone.
@@ -29,7 +36,7 @@ pub static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(16384
 
 /// Namespaces that need a listener.
 #[map]
-pub static WANTED: RingBuf = RingBuf::with_byte_size(1 << 16, 0);
+static WANTED: RingBuf = RingBuf::with_byte_size(1 << 16, 0);
 
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
@@ -46,15 +53,37 @@ pub fn settings() -> Option<&'static Settings> {
     SETTINGS.get(0)
 }
 
-pub fn is_container(cgroup: u64) -> bool {
-    // SAFETY: the value is not read, only its presence.
-    unsafe { CONTAINERS.get(&cgroup) }.is_some()
+/// What is known of this very cgroup.
+pub fn cgroup_kind(cgroup: u64) -> Option<u32> {
+    // SAFETY: an aligned u32, which a concurrent update replaces as a whole.
+    unsafe { CGROUPS.get(&cgroup) }.copied()
 }
 
 /// Port of the listener in this namespace, host order.
 pub fn listener(netns: u64) -> Option<u32> {
     // SAFETY: an aligned u32, which a concurrent update replaces as a whole.
     unsafe { LISTENERS.get(&netns) }.copied()
+}
+
+/// Asks the daemon for a listener in the namespace of this flow.
+pub fn want_listener(flow: &Flow) {
+    match WANTED.reserve::<Wanted>(0) {
+        Some(mut entry) => {
+            entry.write(Wanted { netns: flow.netns, pid: flow.pid, pad: 0 });
+            entry.submit(0);
+        }
+        None => count(Counter::WantedLost),
+    }
+}
+
+/// Whether this socket, got by a lookup, is a listener of the daemon.
+///
+/// # Safety
+/// `sk` is not null and held.
+#[inline(always)]
+pub unsafe fn is_ours(sk: *mut bpf_sock) -> bool {
+    // SAFETY: by the caller's promise.
+    !unsafe { bpf_sk_storage_get(map_ptr(&OURS), sk.cast(), core::ptr::null_mut(), 0) }.is_null()
 }
 
 pub fn count(counter: Counter) {

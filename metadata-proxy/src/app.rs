@@ -1,6 +1,6 @@
 //! The composition root: builds everything from the configuration, runs it, and takes it down.
 
-use std::{collections::HashSet, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use aws_lc_rs::rand;
@@ -19,14 +19,14 @@ use tracing::{info, warn};
 
 use crate::{
     config::Config,
-    containers::{Registry, docker::Engine},
+    containers::{Registry, cgroup, docker::Engine},
     credentials::{self, Aws, Store},
     imds::{Imds, TokenKey},
     interceptor::{self, Interceptor, preflight},
     listeners::{Listeners, netns},
     server::Server,
     upstream::Upstream,
-    workload::{Workload, Workloads},
+    workload::Workloads,
 };
 
 /// How long a listener that no container holds stays open unused.
@@ -66,6 +66,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let cgroup = preflight::cgroup(config.cgroup.as_deref())?;
     let cgroup2 = preflight::cgroup2_mount()?;
     preflight::bpffs(&config.bpffs)?;
+    preflight::tracefs()?;
+    let exempt: Vec<u64> =
+        config.exempt_cgroups.iter().map(|path| cgroup::id_at(&cgroup2, path)).collect::<Result<_, _>>()?;
     // Before anything is attached: without an engine nobody could be told apart.
     let engine = Engine::connect(&config.docker_host).await?;
 
@@ -79,6 +82,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         debug: tracing::enabled!(target: "metadata_proxy", tracing::Level::DEBUG),
     })?;
     let interceptor = Arc::new(interceptor);
+    know_cgroups(&interceptor, &cgroup2, &exempt)?;
 
     let (sender, connections) = mpsc::channel(QUEUE);
     let listeners = Listeners::new(Arc::clone(&interceptor), sender)?;
@@ -87,6 +91,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         listeners: Arc::clone(&listeners),
         credentials: Arc::clone(&credentials),
         default_role: config.default_role,
+        exempt: config.exempt_containers,
     };
     let registry = Arc::new(Registry::new(engine, cgroup2, move |container| workloads.admit(container)));
     let (endpoint, policy) = config.upstream.map(|upstream| (upstream.endpoint, upstream.policy)).unzip();
@@ -103,7 +108,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let server = tokio::spawn(server.run(connections, stop.clone()));
 
     registry.resync().await.context("cannot ask the engine for its containers")?;
-    let sweeper = tokio::spawn(sweep(Arc::clone(&listeners), Arc::clone(&interceptor), Arc::clone(&registry)));
+    let sweeper = tokio::spawn(sweep(Arc::clone(&listeners)));
     let follower = tokio::spawn(async move { registry.follow().await });
     let mut wanted = tokio::spawn(Arc::clone(&listeners).serve_wanted(wanted));
     info!(cgroup = %cgroup.display(), "ready: intercepting the containers of {}", config.docker_host);
@@ -140,19 +145,29 @@ async fn introduce(aws: &Aws) {
 }
 
 /// Gives back what is no longer needed.
-async fn sweep(listeners: Arc<Listeners>, interceptor: Arc<Interceptor>, registry: Arc<Registry<Workload>>) {
-    let mut gone = HashSet::new();
+async fn sweep(listeners: Arc<Listeners>) {
     loop {
-        tokio::time::sleep(IDLE).await;
+        tokio::time::sleep(IDLE / 3).await;
         listeners.close_idle(IDLE);
-        // Not at once when a container stops: the last of its processes may end after its first, and
-        // in the host's network namespace nothing else keeps them from the host's role.
-        let unknown: HashSet<u64> = interceptor.containers().into_iter().filter(|id| !registry.knows(*id)).collect();
-        for cgroup in gone.intersection(&unknown) {
-            interceptor.remove_container(*cgroup);
-        }
-        gone = unknown;
     }
+}
+
+/// The containers' cgroups that were there before the programs: from then on the kernel itself notes
+/// them as they come and go.
+fn know_cgroups(interceptor: &Interceptor, cgroup2: &Path, exempt: &[u64]) -> anyhow::Result<()> {
+    // In this order: one that is made meanwhile is in neither, and stays.
+    let known = interceptor.cgroups();
+    let existing = cgroup::all(cgroup2);
+    for cgroup in known.into_iter().filter(|cgroup| !existing.contains(cgroup)) {
+        interceptor.forget_cgroup(cgroup);
+    }
+    for cgroup in existing {
+        interceptor.add_container(cgroup)?;
+    }
+    for cgroup in exempt {
+        interceptor.exempt(*cgroup)?;
+    }
+    Ok(())
 }
 
 /// One listener per namespace and some connections each: more than the customary 1024 descriptors.

@@ -72,6 +72,10 @@ pub(crate) struct Run {
     #[arg(long, env = "METADATA_PROXY_ALLOW_USER_DATA")]
     pub(crate) allow_user_data: bool,
 
+    /// Let the processes of this cgroup (and below) keep the real service; may be given again
+    #[arg(long, env = "METADATA_PROXY_EXEMPT_CGROUP", value_name = "PATH", value_delimiter = ',')]
+    pub(crate) exempt_cgroup: Vec<PathBuf>,
+
     /// Configuration file, TOML; flags and environment win over it
     #[arg(long, env = "METADATA_PROXY_CONFIG", value_name = "FILE.toml")]
     pub(crate) config: Option<PathBuf>,

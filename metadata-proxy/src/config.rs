@@ -1,6 +1,6 @@
 //! Flags, environment and file, resolved into one validated configuration.
 
-use std::{fs, path::PathBuf};
+use std::{collections::HashSet, fs, path::PathBuf};
 
 use hyper::Uri;
 use serde::Deserialize;
@@ -27,6 +27,8 @@ pub(crate) struct Config {
     /// The real service's address if it was given, for the daemon's own credentials too.
     pub(crate) imds_endpoint: Option<String>,
     pub(crate) require_imdsv2: bool,
+    pub(crate) exempt_cgroups: Vec<PathBuf>,
+    pub(crate) exempt_containers: HashSet<String>,
     pub(crate) log_format: LogFormat,
     pub(crate) log: String,
 }
@@ -51,6 +53,16 @@ struct File {
     log_format: Option<LogFormat>,
     log: Option<String>,
     upstream: UpstreamTable,
+    exempt: ExemptTable,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct ExemptTable {
+    /// Paths below the cgroup2 mount.
+    cgroups: Vec<PathBuf>,
+    /// Names.
+    containers: HashSet<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -110,6 +122,8 @@ impl Config {
             upstream,
             imds_endpoint: endpoint,
             require_imdsv2: run.require_imdsv2 || file.require_imdsv2,
+            exempt_cgroups: if run.exempt_cgroup.is_empty() { file.exempt.cgroups } else { run.exempt_cgroup },
+            exempt_containers: file.exempt.containers,
             log_format: run.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
             log,
         })

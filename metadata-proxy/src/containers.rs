@@ -80,10 +80,6 @@ impl<W: Send + Sync + 'static> Registry<W> {
         self.look_closer(flow).await.map_err(EngineError)
     }
 
-    pub(crate) fn knows(&self, cgroup: u64) -> bool {
-        self.read_cgroups().contains_key(&cgroup)
-    }
-
     /// The deepest known container on the way from the task's cgroup up: nested cgroups are their
     /// container's.
     fn find(&self, flow: &Flow) -> Option<Arc<W>> {

@@ -16,7 +16,7 @@ use std::{
 };
 
 use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf, SkStorage};
-use metadata_proxy_common::{Counter, Flow, LAYOUT_VERSION, Settings, Wanted};
+use metadata_proxy_common::{CGROUP_CONTAINER, CGROUP_EXEMPT, Counter, Flow, LAYOUT_VERSION, Settings, Wanted};
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
@@ -51,9 +51,10 @@ pub(crate) struct Options<'a> {
 
 /// The attached programs' maps.
 pub(crate) struct Interceptor {
-    containers: Mutex<HashMap<MapData, u64, u32>>,
+    cgroups: Mutex<HashMap<MapData, u64, u32>>,
     listeners: Mutex<HashMap<MapData, u64, u32>>,
     accepted: SkStorage<MapData, Flow>,
+    ours: Mutex<SkStorage<MapData, u32>>,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -68,14 +69,17 @@ impl Interceptor {
         settings.set(0, options.settings, 0).map_err(maps::error("SETTINGS"))?;
 
         let interceptor = Self {
-            containers: Mutex::new(maps::take(&mut object, "CONTAINERS")?),
+            cgroups: Mutex::new(maps::take(&mut object, "CGROUPS")?),
             listeners: Mutex::new(maps::take(&mut object, "LISTENERS")?),
             accepted: maps::take(&mut object, "ACCEPTED")?,
+            ours: Mutex::new(maps::take(&mut object, "OURS")?),
             counters: maps::take(&mut object, "COUNTERS")?,
         };
         let wanted = WantedEvents::new(maps::take(&mut object, "WANTED")?)?;
-        // The listeners of a daemon before us died with it; connections are held until ours are there.
-        interceptor.forget_listeners();
+        // The sockets of a daemon before us died with it; this is what it could not tidy up.
+        for netns in maps::keys(&interceptor.listeners) {
+            interceptor.forget_listener(netns);
+        }
 
         link::attach_all(&mut object, &pins, options.cgroup)?;
         pins.remove_stale();
@@ -88,35 +92,37 @@ impl Interceptor {
         self.accepted.get(connection, 0).ok()
     }
 
-    /// From now on connections in this namespace go to its listener on `port`.
+    /// Marks a socket, before it listens, as ours: connections are let through to no other.
+    pub(crate) fn mark_listener(&self, socket: &impl AsRawFd) -> Result<(), Error> {
+        maps::lock(&self.ours).insert(socket, 1, 0).map_err(maps::error("OURS"))
+    }
+
+    /// From now on connections in this namespace go to this port.
     pub(crate) fn set_listener(&self, netns: u64, port: u16) -> Result<(), Error> {
         maps::lock(&self.listeners).insert(netns, u32::from(port), 0).map_err(maps::error("LISTENERS"))
     }
 
-    /// From now on connections in this namespace are held.
     pub(crate) fn forget_listener(&self, netns: u64) {
         maps::remove(&self.listeners, "LISTENERS", netns);
     }
 
-    /// From now on all connections are held.
-    pub(crate) fn forget_listeners(&self) {
-        for netns in maps::keys(&self.listeners) {
-            self.forget_listener(netns);
-        }
-    }
-
-    /// Intercept this cgroup's connections also in the host's network namespace.
+    /// Intercept this cgroup's connections also in the host's network namespace, until it is removed.
     pub(crate) fn add_container(&self, cgroup: u64) -> Result<(), Error> {
-        maps::lock(&self.containers).insert(cgroup, 1, 0).map_err(maps::error("CONTAINERS"))
+        maps::lock(&self.cgroups).insert(cgroup, CGROUP_CONTAINER, 0).map_err(maps::error("CGROUPS"))
     }
 
-    pub(crate) fn remove_container(&self, cgroup: u64) {
-        maps::remove(&self.containers, "CONTAINERS", cgroup);
+    /// Let this cgroup's connections through to the real service, in every network namespace.
+    pub(crate) fn exempt(&self, cgroup: u64) -> Result<(), Error> {
+        maps::lock(&self.cgroups).insert(cgroup, CGROUP_EXEMPT, 0).map_err(maps::error("CGROUPS"))
     }
 
-    /// The cgroups that are intercepted in the host's namespace, also from a daemon before us.
-    pub(crate) fn containers(&self) -> Vec<u64> {
-        maps::keys(&self.containers)
+    pub(crate) fn forget_cgroup(&self, cgroup: u64) {
+        maps::remove(&self.cgroups, "CGROUPS", cgroup);
+    }
+
+    /// The cgroups that the kernel knows, containers' and exempt ones.
+    pub(crate) fn cgroups(&self) -> Vec<u64> {
+        maps::keys(&self.cgroups)
     }
 
     /// What the programs have counted since they were first attached.

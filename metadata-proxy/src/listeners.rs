@@ -50,7 +50,8 @@ impl Listeners {
         interceptor: Arc<Interceptor>,
         connections: mpsc::Sender<Connection>,
     ) -> anyhow::Result<Arc<Self>> {
-        let worker = netns::Worker::start()?;
+        let kernel = Arc::clone(&interceptor);
+        let worker = netns::Worker::start(move |socket| Ok(kernel.mark_listener(socket)?))?;
         let open = Mutex::default();
         Ok(Arc::new(Self { interceptor, worker, open, connections, tasks: TaskTracker::new() }))
     }
@@ -116,7 +117,7 @@ impl Listeners {
                 }
             }
         }
-        // Those whose SYN was let through before the listener was forgotten.
+        // Those whose SYN was let through already. Later ones are held as soon as it is closed.
         while let Ok(Ok((connection, _))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
             self.hand_over(connection, netns).await;
         }
@@ -168,7 +169,6 @@ impl Listeners {
     }
 
     fn close(&self, netns: u64) {
-        // First the kernel, so that it holds what comes from now on.
         self.interceptor.forget_listener(netns);
         if let Some(open) = self.lock().remove(&netns) {
             debug!("closing the listener in network namespace {netns}");

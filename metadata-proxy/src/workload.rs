@@ -1,6 +1,6 @@
 //! A running container and everything the daemon does for it. All of it ends when this is dropped.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
@@ -19,6 +19,8 @@ pub(crate) struct Workloads {
     pub(crate) listeners: Arc<Listeners>,
     pub(crate) credentials: Arc<Store>,
     pub(crate) default_role: Option<RoleArn>,
+    /// Names of containers that keep the real service.
+    pub(crate) exempt: HashSet<String>,
 }
 
 pub(crate) struct Workload {
@@ -37,15 +39,17 @@ pub(crate) struct Role {
 
 impl Workloads {
     pub(crate) fn admit(&self, container: Container) -> Workload {
-        // First the interception, which is what keeps a host-network container from the host's role.
-        // It ends later than the workload: see the sweep in `app`.
-        if let Err(error) = self.interceptor.add_container(container.cgroup) {
-            warn!(
-                container = container.name,
-                "in the host's network namespace it would reach the real service: {error}"
-            );
+        let exempt = self.exempt.contains(&container.name);
+        let marked = if exempt {
+            info!(container = container.name, "exempt: it keeps the real metadata service");
+            self.interceptor.exempt(container.cgroup)
+        } else {
+            self.interceptor.add_container(container.cgroup)
+        };
+        if let Err(error) = marked {
+            warn!(container = container.name, "cannot tell the kernel whose cgroup {} is: {error}", container.cgroup);
         }
-        let role = self.role(&container);
+        let role = if exempt { None } else { self.role(&container) };
         let listener = CancellationToken::new();
         tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
         Workload { container, role, _listener: listener.drop_guard() }

@@ -1,8 +1,9 @@
 //! From a process to the cgroup of its container.
 
 use std::{
+    collections::HashSet,
     fs,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{DirEntryExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -29,6 +30,33 @@ pub(crate) fn container_hint(pid: u32, cgroup: u64, cgroup2: &Path) -> Option<St
         return None;
     }
     path.iter().find_map(|component| container_id(component.to_str()?)).map(str::to_owned)
+}
+
+/// The ids of all cgroups that an engine has made for a container, whether it is ours or not.
+pub(crate) fn all(cgroup2: &Path) -> HashSet<u64> {
+    let mut found = HashSet::new();
+    let mut directories = vec![cgroup2.to_owned()];
+    while let Some(directory) = directories.pop() {
+        // One that is being removed has nothing to say.
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            if entry.file_name().to_str().and_then(container_id).is_some() {
+                found.insert(entry.ino());
+            }
+            directories.push(entry.path());
+        }
+    }
+    found
+}
+
+/// The id of the cgroup at this path, absolute or below the mount.
+pub(crate) fn id_at(cgroup2: &Path, path: &Path) -> anyhow::Result<u64> {
+    if path.starts_with(cgroup2) {
+        return id_of(cgroup2, path);
+    }
+    id_of(cgroup2, path.strip_prefix("/").unwrap_or(path))
 }
 
 /// The 64 hexadecimal digits in names such as `<id>`, `docker-<id>.scope`, `libpod-<id>`.

@@ -1,12 +1,16 @@
 //! Attaching each program to the cgroup: a new link, or, where the link of an earlier daemon is
 //! pinned, an exchange of its program without a moment in between.
 
-use std::{fs::File, os::fd::AsFd as _, path::Path};
+use std::{
+    fs::{self, File},
+    os::fd::AsFd as _,
+    path::Path,
+};
 
 use anyhow::{Context as _, bail};
 use aya::{
     Ebpf,
-    programs::{CgroupAttachMode, CgroupSkbAttachType, Program, links::FdLink},
+    programs::{CgroupAttachMode, CgroupSkbAttachType, Program, TracePoint, links::FdLink},
 };
 use tracing::debug;
 
@@ -43,12 +47,16 @@ fn load(program: &mut Program) -> anyhow::Result<()> {
         Program::CgroupSockAddr(program) => program.load()?,
         Program::CgroupSkb(program) => program.load()?,
         Program::SockOps(program) => program.load()?,
+        Program::TracePoint(program) => program.load()?,
         _ => bail!("a program of an unexpected type"),
     }
     Ok(())
 }
 
 fn attach(program: &mut Program, cgroup: &File, pin: &Path) -> anyhow::Result<()> {
+    if let Program::TracePoint(program) = program {
+        return attach_tracepoint(program, pin);
+    }
     if pin.exists() {
         debug!("exchanging the program of {}", pin.display());
         let link = syscall::open_pin(pin).context("cannot open the pinned link")?;
@@ -73,5 +81,19 @@ fn attach(program: &mut Program, cgroup: &File, pin: &Path) -> anyhow::Result<()
         _ => bail!("a program of an unexpected type"),
     };
     link.pin(pin).context("cannot pin the link")?;
+    Ok(())
+}
+
+/// The link of a trace event cannot exchange its program. But both may run at once: what they do to
+/// the map, they do twice.
+fn attach_tracepoint(program: &mut TracePoint, pin: &Path) -> anyhow::Result<()> {
+    let event = if pin.ends_with("imds_cgroup_made") { "cgroup_mkdir" } else { "cgroup_rmdir" };
+    let id = program.attach("cgroup", event).context("cannot attach to the trace event (is tracefs mounted?)")?;
+    let link: FdLink = program.take_link(id)?.try_into()?;
+    let new = pin.with_extension("new");
+    // Of a daemon that was killed just here.
+    let _ = fs::remove_file(&new);
+    link.pin(&new).context("cannot pin the link")?;
+    fs::rename(&new, pin).context("cannot replace the pinned link")?;
     Ok(())
 }

@@ -91,6 +91,21 @@ pub(crate) fn bpffs(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Makes sure that there is a tracefs, through which the kernel tells of cgroups as they are made.
+pub(crate) fn tracefs() -> anyhow::Result<()> {
+    const PLACES: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+    if PLACES.iter().any(|place| Path::new(place).join("events/cgroup/cgroup_mkdir").exists()) {
+        return Ok(());
+    }
+    let place = PLACES[0];
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("tracefs", place, "tracefs", flags, None).with_context(|| {
+        format!("no tracefs is mounted, and none can be: mount -t tracefs tracefs {place}. The daemon needs it to know containers in the host's network namespace from their first moment")
+    })?;
+    info!("mounted a tracefs on {place}");
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

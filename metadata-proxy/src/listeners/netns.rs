@@ -5,7 +5,7 @@ use std::{
     fs::File,
     io,
     net::{Ipv4Addr, SocketAddrV4, TcpListener},
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
 };
@@ -60,14 +60,15 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn start() -> anyhow::Result<Self> {
+    /// `mark` gets each socket before it listens.
+    pub(crate) fn start(mark: impl Fn(&OwnedFd) -> anyhow::Result<()> + Send + 'static) -> anyhow::Result<Self> {
         let home = File::open("/proc/thread-self/ns/net").context("cannot open the daemon's own network namespace")?;
         let (requests, mut queue) = mpsc::unbounded_channel::<(u32, oneshot::Sender<_>)>();
         let open = Arc::<Mutex<HashSet<u64>>>::default();
         let known = Arc::clone(&open);
         let work = move || {
             while let Some((pid, reply)) = queue.blocking_recv() {
-                let opened = open_in(pid, &mut lock(&known));
+                let opened = open_in(pid, &mut lock(&known), &mark);
                 // Or this thread would keep the namespace alive.
                 if let Err(error) = move_into_link_name_space(home.as_fd(), Some(LinkNameSpaceType::Network)) {
                     error!("cannot return to the host's network namespace: {error}");
@@ -99,7 +100,7 @@ fn lock(open: &Mutex<HashSet<u64>>) -> MutexGuard<'_, HashSet<u64>> {
     open.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn open_in(pid: u32, open: &mut HashSet<u64>) -> anyhow::Result<Opened> {
+fn open_in(pid: u32, open: &mut HashSet<u64>, mark: &dyn Fn(&OwnedFd) -> anyhow::Result<()>) -> anyhow::Result<Opened> {
     let path = format!("/proc/{pid}/ns/net");
     let namespace = File::open(&path).with_context(|| format!("cannot open {path}"))?;
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
@@ -115,6 +116,7 @@ fn open_in(pid: u32, open: &mut HashSet<u64>) -> anyhow::Result<Opened> {
         info!("port {LISTENER_PORT} is taken in the network namespace of process {pid} ({error}); using another");
         bind(&socket, &address(0)).context("no port is free")?;
     }
+    mark(&socket)?;
     listen(&socket, BACKLOG).context("cannot listen")?;
     let listener = TcpListener::from(socket);
     let port = listener.local_addr().context("getsockname")?.port();
@@ -122,7 +124,7 @@ fn open_in(pid: u32, open: &mut HashSet<u64>) -> anyhow::Result<Opened> {
     Ok(Opened::New { listener, netns, port })
 }
 
-fn tcp_socket() -> anyhow::Result<std::os::fd::OwnedFd> {
+fn tcp_socket() -> anyhow::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).context("cannot create a socket")
 }
