@@ -10,12 +10,13 @@ pub(crate) mod preflight;
 mod syscall;
 
 use std::{
+    collections::HashMap,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Mutex,
 };
 
-use aya::maps::{Array, HashMap, MapData, PerCpuArray, RingBuf, SkStorage};
+use aya::maps::{Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf, SkStorage};
 use metadata_proxy_common::{CGROUP_CONTAINER, CGROUP_EXEMPT, Counter, Flow, LAYOUT_VERSION, Settings, Wanted};
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
@@ -51,8 +52,8 @@ pub(crate) struct Options<'a> {
 
 /// The attached programs' maps.
 pub(crate) struct Interceptor {
-    cgroups: Mutex<HashMap<MapData, u64, u32>>,
-    listeners: Mutex<HashMap<MapData, u64, u32>>,
+    cgroups: Mutex<BpfHashMap<MapData, u64, u32>>,
+    listeners: Mutex<BpfHashMap<MapData, u64, u32>>,
     accepted: SkStorage<MapData, Flow>,
     ours: Mutex<SkStorage<MapData, u32>>,
     counters: PerCpuArray<MapData, u64>,
@@ -76,11 +77,6 @@ impl Interceptor {
             counters: maps::take(&mut object, "COUNTERS")?,
         };
         let wanted = WantedEvents::new(maps::take(&mut object, "WANTED")?)?;
-        // The sockets of a daemon before us died with it; this is what it could not tidy up.
-        for netns in maps::keys(&interceptor.listeners) {
-            interceptor.forget_listener(netns);
-        }
-
         link::attach_all(&mut object, &pins, options.cgroup)?;
         pins.remove_stale();
         object::follow_log(&mut object);
@@ -97,13 +93,31 @@ impl Interceptor {
         maps::lock(&self.ours).insert(socket, 1, 0).map_err(maps::error("OURS"))
     }
 
+    /// From now on new connections to this listener are held.
+    pub(crate) fn unmark_listener(&self, socket: &impl AsRawFd) {
+        if let Err(error) = maps::lock(&self.ours).remove(socket) {
+            warn!("BPF map OURS: cannot remove a listener's mark: {error}");
+        }
+    }
+
     /// From now on connections in this namespace go to this port.
     pub(crate) fn set_listener(&self, netns: u64, port: u16) -> Result<(), Error> {
         maps::lock(&self.listeners).insert(netns, u32::from(port), 0).map_err(maps::error("LISTENERS"))
     }
 
-    pub(crate) fn forget_listener(&self, netns: u64) {
-        maps::remove(&self.listeners, "LISTENERS", netns);
+    /// Takes that back, unless another daemon has taken over since.
+    pub(crate) fn forget_listener(&self, netns: u64, port: u16) {
+        let mut listeners = maps::lock(&self.listeners);
+        if listeners.get(&netns, 0).is_ok_and(|published| published == u32::from(port)) {
+            maps::remove(&mut listeners, "LISTENERS", netns);
+        }
+    }
+
+    /// The listeners of the daemon before us, alive or dead.
+    pub(crate) fn listeners(&self) -> HashMap<u64, u16> {
+        let listeners = maps::lock(&self.listeners);
+        let entries = listeners.iter().filter_map(Result::ok);
+        entries.filter_map(|(netns, port)| Some((netns, u16::try_from(port).ok()?))).collect()
     }
 
     /// Intercept this cgroup's connections also in the host's network namespace, until it is removed.
@@ -117,12 +131,12 @@ impl Interceptor {
     }
 
     pub(crate) fn forget_cgroup(&self, cgroup: u64) {
-        maps::remove(&self.cgroups, "CGROUPS", cgroup);
+        maps::remove(&mut maps::lock(&self.cgroups), "CGROUPS", cgroup);
     }
 
     /// The cgroups that the kernel knows, containers' and exempt ones.
     pub(crate) fn cgroups(&self) -> Vec<u64> {
-        maps::keys(&self.cgroups)
+        maps::lock(&self.cgroups).keys().filter_map(Result::ok).collect()
     }
 
     /// What the programs have counted since they were first attached.

@@ -31,11 +31,14 @@ pub(crate) struct Listeners {
     interceptor: Arc<Interceptor>,
     worker: netns::Worker,
     open: Mutex<HashMap<u64, Open>>,
+    /// What the daemon before us has published, until we know which of it nobody needs.
+    inherited: Mutex<HashMap<u64, u16>>,
     connections: mpsc::Sender<Connection>,
     tasks: TaskTracker,
 }
 
 struct Open {
+    port: u16,
     close: CancellationToken,
     /// How many running containers want it kept.
     holds: usize,
@@ -45,22 +48,27 @@ struct Open {
 /// How long to wait for a listener that is just being closed.
 const CLOSING: (u32, Duration) = (50, Duration::from_millis(5));
 
+/// Between the last SYN that was let through and the last connection that there is to accept.
+const SETTLE: Duration = Duration::from_millis(5);
+
 impl Listeners {
     pub(crate) fn new(
         interceptor: Arc<Interceptor>,
         connections: mpsc::Sender<Connection>,
     ) -> anyhow::Result<Arc<Self>> {
         let kernel = Arc::clone(&interceptor);
-        let worker = netns::Worker::start(move |socket| Ok(kernel.mark_listener(socket)?))?;
-        let open = Mutex::default();
-        Ok(Arc::new(Self { interceptor, worker, open, connections, tasks: TaskTracker::new() }))
+        let inherited = interceptor.listeners();
+        // Connections that have been held since the last daemon ended wait for its very ports.
+        let worker = netns::Worker::start(inherited.clone(), move |socket| Ok(kernel.mark_listener(socket)?))?;
+        let (open, tasks, inherited) = (Mutex::default(), TaskTracker::new(), Mutex::new(inherited));
+        Ok(Arc::new(Self { interceptor, worker, open, inherited, connections, tasks }))
     }
 
     /// Opens listeners as the kernel asks for them, until the ring buffer fails.
     pub(crate) async fn serve_wanted(self: Arc<Self>, mut wanted: WantedEvents) -> std::io::Result<()> {
         loop {
             let (netns, pid) = wanted.next().await?;
-            if self.lock().contains_key(&netns) {
+            if self.publish(netns) {
                 continue; // opened since; the connection's next SYN gets through
             }
             let listeners = Arc::clone(&self);
@@ -81,7 +89,7 @@ impl Listeners {
                     self.add(listener, netns, port).inspect_err(|_| self.worker.closed(netns))?;
                     return Ok(netns);
                 }
-                Opened::Already { netns } if self.lock().contains_key(&netns) => return Ok(netns),
+                Opened::Already { netns } if self.publish(netns) => return Ok(netns),
                 Opened::Already { .. } => tokio::time::sleep(CLOSING.1).await,
             }
         }
@@ -91,15 +99,27 @@ impl Listeners {
     fn add(self: &Arc<Self>, listener: std::net::TcpListener, netns: u64, port: u16) -> anyhow::Result<()> {
         let listener = TcpListener::from_std(listener).context("cannot poll the listener")?;
         let close = CancellationToken::new();
-        let entry = Open { close: close.clone(), holds: 0, last_used: Instant::now() };
+        let entry = Open { port, close: close.clone(), holds: 0, last_used: Instant::now() };
         self.lock().insert(netns, entry);
         self.tasks.spawn(Arc::clone(self).accept(listener, netns, close));
-        if let Err(error) = self.interceptor.set_listener(netns, port) {
+        if !self.publish(netns) {
             self.close(netns);
-            return Err(error.into());
+            bail!("the kernel does not take its port");
         }
         debug!("listening in network namespace {netns} on port {port}");
         Ok(())
+    }
+
+    /// Tells the kernel where we listen in this namespace; false if we do not.
+    fn publish(&self, netns: u64) -> bool {
+        let Some(port) = self.lock().get(&netns).map(|open| open.port) else { return false };
+        match self.interceptor.set_listener(netns, port) {
+            Ok(()) => true,
+            Err(error) => {
+                warn!("network namespace {netns}: {error}");
+                false
+            }
+        }
     }
 
     async fn accept(self: Arc<Self>, listener: TcpListener, netns: u64, close: CancellationToken) {
@@ -117,7 +137,10 @@ impl Listeners {
                 }
             }
         }
-        // Those whose SYN was let through already. Later ones are held as soon as it is closed.
+        // First the kernel, so that it holds what comes from now on; then those whose handshake was
+        // under way, which on loopback is over in microseconds.
+        self.interceptor.unmark_listener(&listener);
+        tokio::time::sleep(SETTLE).await;
         while let Ok(Ok((connection, _))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
             self.hand_over(connection, netns).await;
         }
@@ -166,12 +189,18 @@ impl Listeners {
         for netns in idle {
             self.close(netns);
         }
+        // By now whoever still needs one has got ours.
+        for (netns, port) in std::mem::take(&mut *self.inherited.lock().unwrap_or_else(PoisonError::into_inner)) {
+            if !self.lock().contains_key(&netns) {
+                self.interceptor.forget_listener(netns, port);
+            }
+        }
     }
 
     fn close(&self, netns: u64) {
-        self.interceptor.forget_listener(netns);
         if let Some(open) = self.lock().remove(&netns) {
             debug!("closing the listener in network namespace {netns}");
+            self.interceptor.forget_listener(netns, open.port);
             open.close.cancel();
         }
     }

@@ -1,6 +1,7 @@
 //! What the tests and the demonstration stand on: a hermetic host, stand-ins for AWS, real clients.
 
 pub mod clients;
+pub mod handover;
 pub mod host;
 pub mod imds;
 pub mod stage;

@@ -34,7 +34,13 @@ impl MotoStage {
         stage::add_address(&host, &address.ip().to_string())?;
         let command = programs.moto(address);
         let (program, arguments) = command.split_first().context("moto's command is empty")?;
-        let moto = host.command(program).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().context("start moto")?;
+        let moto = host
+            .command(program)
+            .args(arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("start moto")?;
         wait_for(&host, address).await?;
         let mut daemon = host.daemon(daemon_options())?;
         daemon.wait_ready(Duration::from_secs(20)).await?;

@@ -33,6 +33,8 @@ enum Task {
     },
     /// Show the main job on a hermetic test host: real containers, simulated AWS
     Demo,
+    /// Restart, kill and upgrade the daemon under load, and print what failed
+    Handover,
     /// Run all tests: unit, privileged, end to end
     Test {
         /// Only the tests whose name contains this
@@ -48,7 +50,8 @@ fn main() -> anyhow::Result<()> {
         Task::BuildEbpf => build::ebpf().map(drop),
         Task::Build { release } => build::daemon(release).map(drop),
         Task::Run { args } => run(Command::new(build::daemon(false)?).args(args)),
-        Task::Demo => test::demo(),
+        Task::Demo => test::show("demo"),
+        Task::Handover => test::show("handover"),
         Task::Test { filter } => test::all(filter.as_deref()),
         Task::Lint => test::lint(),
     }

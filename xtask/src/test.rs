@@ -1,4 +1,4 @@
-//! What shows that it works: the demonstration, the tests, the lints.
+//! What shows that it works: demonstrations, tests, lints.
 
 use std::process::Command;
 
@@ -8,11 +8,12 @@ use crate::{build, cargo, install, run};
 const THREADS: &str = "--test-threads=2";
 const TESTS: &str = "metadata-proxy-tests";
 
-pub(crate) fn demo() -> anyhow::Result<()> {
+/// A program of the tests that shows something, on a hermetic test host.
+pub(crate) fn show(program: &str) -> anyhow::Result<()> {
     install::docker_engine()?;
     let daemon = build::daemon(false)?;
     run(cargo().args(["build", "--quiet", "--package", TESTS, "--bins"]))?;
-    run(Command::new(build::binary("debug", "demo")?).env("METADATA_PROXY_BIN", daemon))
+    run(Command::new(build::binary("debug", program)?).env("METADATA_PROXY_BIN", daemon))
 }
 
 pub(crate) fn all(filter: Option<&str>) -> anyhow::Result<()> {

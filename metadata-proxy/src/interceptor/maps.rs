@@ -33,12 +33,8 @@ pub(super) fn lock<T>(map: &Mutex<T>) -> MutexGuard<'_, T> {
     map.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-pub(super) fn keys<V: Pod>(map: &Mutex<HashMap<MapData, u64, V>>) -> Vec<u64> {
-    lock(map).keys().filter_map(Result::ok).collect()
-}
-
-pub(super) fn remove<V: Pod>(map: &Mutex<HashMap<MapData, u64, V>>, name: &'static str, key: u64) {
-    match lock(map).remove(&key) {
+pub(super) fn remove<V: Pod>(map: &mut HashMap<MapData, u64, V>, name: &'static str, key: u64) {
+    match map.remove(&key) {
         Ok(()) | Err(MapError::KeyNotFound) => {}
         Err(error) => warn!("BPF map {name}: cannot remove {key}: {error}"),
     }

@@ -1,7 +1,7 @@
 //! Network namespaces: entering them, on a thread of its own, and telling them apart.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::File,
     io,
     net::{Ipv4Addr, SocketAddrV4, TcpListener},
@@ -17,7 +17,7 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 use tokio::sync::{mpsc, oneshot};
-use tracing::{error, info};
+use tracing::error;
 
 /// Connections that wait to be accepted, per namespace.
 const BACKLOG: i32 = 1024;
@@ -60,15 +60,18 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// `mark` gets each socket before it listens.
-    pub(crate) fn start(mark: impl Fn(&OwnedFd) -> anyhow::Result<()> + Send + 'static) -> anyhow::Result<Self> {
+    /// `ports` are tried first, by namespace; `mark` gets each socket before it listens.
+    pub(crate) fn start(
+        ports: HashMap<u64, u16>,
+        mark: impl Fn(&OwnedFd) -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<Self> {
         let home = File::open("/proc/thread-self/ns/net").context("cannot open the daemon's own network namespace")?;
         let (requests, mut queue) = mpsc::unbounded_channel::<(u32, oneshot::Sender<_>)>();
         let open = Arc::<Mutex<HashSet<u64>>>::default();
         let known = Arc::clone(&open);
         let work = move || {
             while let Some((pid, reply)) = queue.blocking_recv() {
-                let opened = open_in(pid, &mut lock(&known), &mark);
+                let opened = open_in(pid, &mut lock(&known), &ports, &mark);
                 // Or this thread would keep the namespace alive.
                 if let Err(error) = move_into_link_name_space(home.as_fd(), Some(LinkNameSpaceType::Network)) {
                     error!("cannot return to the host's network namespace: {error}");
@@ -100,7 +103,12 @@ fn lock(open: &Mutex<HashSet<u64>>) -> MutexGuard<'_, HashSet<u64>> {
     open.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn open_in(pid: u32, open: &mut HashSet<u64>, mark: &dyn Fn(&OwnedFd) -> anyhow::Result<()>) -> anyhow::Result<Opened> {
+fn open_in(
+    pid: u32,
+    open: &mut HashSet<u64>,
+    ports: &HashMap<u64, u16>,
+    mark: &dyn Fn(&OwnedFd) -> anyhow::Result<()>,
+) -> anyhow::Result<Opened> {
     let path = format!("/proc/{pid}/ns/net");
     let namespace = File::open(&path).with_context(|| format!("cannot open {path}"))?;
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
@@ -112,10 +120,10 @@ fn open_in(pid: u32, open: &mut HashSet<u64>, mark: &dyn Fn(&OwnedFd) -> anyhow:
     }
     sockopt::set_socket_reuseaddr(&socket, true).context("SO_REUSEADDR")?;
     let address = |port| SocketAddrV4::new(Ipv4Addr::from(LISTENER_OCTETS), port);
-    if let Err(error) = bind(&socket, &address(LISTENER_PORT)) {
-        info!("port {LISTENER_PORT} is taken in the network namespace of process {pid} ({error}); using another");
-        bind(&socket, &address(0)).context("no port is free")?;
-    }
+    // Any port is better than none: somebody may squat on ours, or the daemon before us is still there.
+    let wanted = [ports.get(&netns).copied().unwrap_or(LISTENER_PORT), LISTENER_PORT, 0];
+    let taken = wanted.into_iter().find(|port| bind(&socket, &address(*port)).is_ok());
+    taken.context("no port is free")?;
     mark(&socket)?;
     listen(&socket, BACKLOG).context("cannot listen")?;
     let listener = TcpListener::from(socket);
