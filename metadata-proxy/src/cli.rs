@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 
 /// Gives every Docker container on this host its own IAM role.
 ///
@@ -49,7 +52,7 @@ pub(crate) struct Run {
     pub(crate) docker_host: Option<String>,
 
     /// Intercept below this cgroup only [default: the root of the cgroup2 hierarchy]
-    #[arg(long, env = "METADATA_PROXY_CGROUP", value_name = "PATH")]
+    #[arg(long, env = "METADATA_PROXY_CGROUP", value_parser = path(), value_name = "PATH")]
     pub(crate) cgroup: Option<PathBuf>,
 
     /// Role (full ARN) of containers that name none [default: no role]
@@ -61,15 +64,15 @@ pub(crate) struct Run {
     pub(crate) imds_endpoint: Option<String>,
 
     /// Serve credentials only; nothing comes from the real metadata service
-    #[arg(long, env = "METADATA_PROXY_DISABLE_UPSTREAM", conflicts_with = "imds_endpoint")]
+    #[arg(long, env = "METADATA_PROXY_DISABLE_UPSTREAM", value_parser = switch)]
     pub(crate) disable_upstream: bool,
 
     /// Refuse requests without a session token (IMDSv1)
-    #[arg(long, env = "METADATA_PROXY_REQUIRE_IMDSV2")]
+    #[arg(long, env = "METADATA_PROXY_REQUIRE_IMDSV2", value_parser = switch)]
     pub(crate) require_imdsv2: bool,
 
     /// Let containers read the host's user-data
-    #[arg(long, env = "METADATA_PROXY_ALLOW_USER_DATA")]
+    #[arg(long, env = "METADATA_PROXY_ALLOW_USER_DATA", value_parser = switch)]
     pub(crate) allow_user_data: bool,
 
     /// Let the processes of this cgroup (and below) keep the real service; may be given again
@@ -77,7 +80,7 @@ pub(crate) struct Run {
     pub(crate) exempt_cgroup: Vec<PathBuf>,
 
     /// Configuration file, TOML; flags and environment win over it
-    #[arg(long, env = "METADATA_PROXY_CONFIG", value_name = "FILE.toml")]
+    #[arg(long, env = "METADATA_PROXY_CONFIG", value_parser = path(), value_name = "FILE.toml")]
     pub(crate) config: Option<PathBuf>,
 
     #[command(flatten)]
@@ -96,7 +99,7 @@ pub(crate) struct Run {
 #[derive(Debug, Args)]
 pub(crate) struct Bpffs {
     /// Mounted bpffs to pin programs and maps in [default: /sys/fs/bpf]
-    #[arg(long = "bpffs", env = "METADATA_PROXY_BPFFS", value_name = "PATH")]
+    #[arg(long = "bpffs", env = "METADATA_PROXY_BPFFS", value_parser = path(), value_name = "PATH")]
     pub(crate) path: Option<PathBuf>,
 }
 
@@ -105,4 +108,18 @@ pub(crate) struct Bpffs {
 pub(crate) enum LogFormat {
     Text,
     Json,
+}
+
+/// What a switch's environment variable says. Empty is as good as unset, as compose files have it.
+fn switch(value: &str) -> Result<bool, &'static str> {
+    match value.to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "" | "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err("expected true or false"),
+    }
+}
+
+/// Unlike clap's own, takes an empty one, for `config` to treat as unset.
+fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
 }

@@ -79,30 +79,41 @@ const IMDS_ENDPOINT: &str = "http://169.254.169.254";
 
 impl Config {
     pub(crate) fn resolve(run: Run) -> Result<Self, BadConfig> {
-        let (file, file_name) = match &run.config {
-            Some(path) => (read(path)?, path.display().to_string()),
+        // An empty variable is as good as unset: compose files pass them on so.
+        let given = |value: Option<String>| value.filter(|value| !value.is_empty());
+        let given_path = |value: Option<PathBuf>| value.filter(|value| !value.as_os_str().is_empty());
+        let (file, file_name) = match given_path(run.config) {
+            Some(path) => (read(&path)?, path.display().to_string()),
             None => (File::default(), String::new()),
+        };
+        let either = |flag: &'static str, value: Option<String>, in_file: Option<String>| match given(value) {
+            Some(value) => (Some(value), format!("--{flag}")),
+            None => (given(in_file), format!("{file_name}: {flag}")),
         };
         // Flags win as a whole over the file, so that the two ways to say where upstream is cannot
         // contradict each other across them.
-        let (endpoint, disable) = match (run.imds_endpoint, run.disable_upstream) {
-            (None, false) => (file.imds_endpoint, file.disable_upstream),
-            given => given,
+        let endpoint = given(run.imds_endpoint);
+        let (endpoint, endpoint_origin, disable, disable_origin) = if endpoint.is_some() || run.disable_upstream {
+            (endpoint, "--imds-endpoint".to_owned(), run.disable_upstream, "--disable-upstream".to_owned())
+        } else {
+            let origin = |name| format!("{file_name}: {name}");
+            (given(file.imds_endpoint), origin("imds-endpoint"), file.disable_upstream, "disable-upstream".to_owned())
         };
         if endpoint.is_some() && disable {
-            return Err(BadConfig(format!("{file_name}: imds-endpoint and disable-upstream exclude each other")));
+            return Err(BadConfig(format!("{endpoint_origin} and {disable_origin} exclude each other")));
         }
-        let role_origin =
-            if run.default_role.is_some() { "--default-role".to_owned() } else { format!("{file_name}: default-role") };
-        let default_role = run.default_role.or(file.default_role).filter(|role| !role.is_empty());
+        let (default_role, role_origin) = either("default-role", run.default_role, file.default_role);
         let default_role = default_role
             .map(|role| role.parse::<RoleArn>())
             .transpose()
             .map_err(|error| BadConfig(format!("{role_origin}: {error}")))?;
 
-        let docker_host = run.docker_host.or(file.docker_host).unwrap_or_else(|| DOCKER_HOST.to_owned());
+        let (docker_host, docker_origin) = either("docker-host", run.docker_host, file.docker_host);
+        let docker_host = docker_host.unwrap_or_else(|| DOCKER_HOST.to_owned());
         if !["unix://", "tcp://", "http://"].iter().any(|scheme| docker_host.starts_with(scheme)) {
-            return Err(BadConfig(format!("--docker-host {docker_host:?}: expected unix:///path or tcp://host:port")));
+            return Err(BadConfig(format!(
+                "{docker_origin} {docker_host:?}: expected unix:///path or tcp://host:port"
+            )));
         }
         let user_data = run.allow_user_data || file.upstream.allow_user_data;
         let policy = Policy::new(&file.upstream.allow, &file.upstream.deny, user_data)
@@ -110,14 +121,18 @@ impl Config {
         let upstream = if disable {
             None
         } else {
-            Some(Upstream { endpoint: imds_uri(endpoint.as_deref().unwrap_or(IMDS_ENDPOINT))?, policy })
+            let uri = imds_uri(endpoint.as_deref().unwrap_or(IMDS_ENDPOINT));
+            let endpoint = uri.map_err(|reason| BadConfig(format!("{endpoint_origin} {reason}")))?;
+            Some(Upstream { endpoint, policy })
         };
-        let log = run.log.or(file.log).unwrap_or_else(|| "info".to_owned());
-        tracing_subscriber::EnvFilter::try_new(&log).map_err(|error| BadConfig(format!("--log {log:?}: {error}")))?;
+        let (log, log_origin) = either("log", run.log, file.log);
+        let log = log.unwrap_or_else(|| "info".to_owned());
+        tracing_subscriber::EnvFilter::try_new(&log)
+            .map_err(|error| BadConfig(format!("{log_origin} {log:?}: {error}")))?;
         Ok(Self {
             docker_host,
-            cgroup: run.cgroup.or(file.cgroup),
-            bpffs: run.bpffs.path.or(file.bpffs).unwrap_or_else(|| BPFFS.into()),
+            cgroup: given_path(run.cgroup).or(file.cgroup),
+            bpffs: given_path(run.bpffs.path).or(file.bpffs).unwrap_or_else(|| BPFFS.into()),
             default_role,
             upstream,
             imds_endpoint: endpoint,
@@ -140,8 +155,8 @@ fn read(path: &PathBuf) -> Result<File, BadConfig> {
     })
 }
 
-fn imds_uri(given: &str) -> Result<Uri, BadConfig> {
-    let bad = |reason: &str| BadConfig(format!("--imds-endpoint {given:?}: {reason}; expected http://HOST[:PORT]"));
+fn imds_uri(given: &str) -> Result<Uri, String> {
+    let bad = |reason: &str| format!("{given:?}: {reason}; expected http://HOST[:PORT]");
     let uri: Uri = given.parse().map_err(|_| bad("not a URL"))?;
     if uri.scheme_str() != Some("http") || uri.authority().is_none() {
         return Err(bad("not an http URL"));

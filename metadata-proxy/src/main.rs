@@ -18,7 +18,8 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use cli::{Cli, Command, LogFormat};
 use config::Config;
-use tracing_subscriber::EnvFilter;
+use tracing::{Level, Metadata};
+use tracing_subscriber::{EnvFilter, filter::filter_fn, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 /// `EX_USAGE` of sysexits(3).
 const BAD_CONFIGURATION: u8 = 64;
@@ -64,7 +65,17 @@ fn one_line(message: &str) -> String {
 fn start_log(config: &Config) {
     let log = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(&config.log)).with_writer(std::io::stderr);
     match config.log_format {
-        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
-        LogFormat::Json => log.json().init(),
+        LogFormat::Text => {
+            log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+                .finish()
+                .with(filter_fn(has_no_secrets))
+                .init();
+        }
+        LogFormat::Json => log.json().finish().with(filter_fn(has_no_secrets)).init(),
     }
+}
+
+/// The AWS SDK's finest level shows requests with all their headers, in which there are session tokens.
+fn has_no_secrets(line: &Metadata<'_>) -> bool {
+    *line.level() != Level::TRACE || !line.target().starts_with("aws_")
 }

@@ -8,7 +8,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, StatusCode, header::CONNECTION, request::Parts};
+use http::{
+    HeaderValue, Request, StatusCode,
+    header::{CONNECTION, TRANSFER_ENCODING},
+    request::Parts,
+};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{
@@ -118,8 +122,7 @@ impl Server {
             Ok(None) => self.answer_stranger(&head, flow, now),
             Err(error) => unknown_for_now(flow, error, now),
         };
-        if answer.status() == StatusCode::BAD_REQUEST {
-            // What was not understood may have been meant otherwise, and so may what follows it.
+        if in_doubt(&head, answer.status()) {
             answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         answer
@@ -208,6 +211,14 @@ impl Server {
             Action::Iam(_) | Action::Forward(_) => response::not_found(now),
         }
     }
+}
+
+/// Whether the request, and so what follows it on the connection, may have been meant otherwise.
+///
+/// A body in chunks may have come with a `Content-Length` as well, which hyper then hides from us: RFC 9112, section 6.1,
+/// wants such a connection closed. No SDK sends any body.
+fn in_doubt(head: &Parts, status: StatusCode) -> bool {
+    matches!(status, StatusCode::BAD_REQUEST | StatusCode::URI_TOO_LONG) || head.headers.contains_key(TRANSFER_ENCODING)
 }
 
 /// Not the stranger's answer: the client is to try again.

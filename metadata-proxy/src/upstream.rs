@@ -40,6 +40,8 @@ const AGENT: HeaderValue = HeaderValue::from_static(concat!("metadata-proxy/", e
 pub(crate) enum Error {
     #[error("the real metadata service at {0} does not answer within {TIMEOUT:?}")]
     Timeout(Uri),
+    #[error("the real metadata service at {0} refuses us, also with a new session token")]
+    Refused(Uri),
     #[error("cannot ask the real metadata service at {uri}: {source}")]
     Failed { uri: Uri, source: Box<dyn std::error::Error + Send + Sync> },
 }
@@ -49,7 +51,7 @@ impl Error {
     pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::Timeout(_) => StatusCode::GATEWAY_TIMEOUT,
-            Self::Failed { .. } => StatusCode::BAD_GATEWAY,
+            Self::Refused(_) | Self::Failed { .. } => StatusCode::BAD_GATEWAY,
         }
     }
 }
@@ -99,7 +101,12 @@ impl Upstream {
             debug!("the real metadata service refuses our session token; taking another");
             self.forget();
             let session = self.session().await?;
-            self.ask(&uri, &session).await
+            let answer = self.ask(&uri, &session).await?;
+            // To a container this status would say that its own token is bad.
+            if answer.status == StatusCode::UNAUTHORIZED {
+                return Err(Error::Refused(uri.clone()));
+            }
+            Ok(answer)
         };
         timeout(TIMEOUT, exchange).await.unwrap_or_else(|_| Err(Error::Timeout(uri.clone())))
     }
