@@ -6,9 +6,9 @@ use aya_ebpf::{
     helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_release},
     programs::SkBuffContext,
 };
-use metadata_proxy_common::{Counter, FlowKey, IMDS_V4, IMDS_V6, LISTENER_V4, VERDICT_APPROVED, VERDICT_REDIRECTED};
+use metadata_proxy_common::{Counter, FlowKey, IMDS_V4, IMDS_V6, LISTENER_V4, VERDICT_REDIRECTED};
 
-use crate::maps::{FLOWS, client_of_packet, count, is_ours, want_listener};
+use crate::maps::{FLOWS, client_of_packet, count, is_approved, is_ours, load, want_listener};
 
 const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
 const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
@@ -60,8 +60,7 @@ fn v6(skb: &__sk_buff) -> bool {
 #[inline(always)]
 fn guard(skb: &__sk_buff) -> bool {
     // SAFETY: `sk` of the context.
-    let client = unsafe { client_of_packet(skb.__bindgen_anon_2.sk) };
-    let approved = client.is_some_and(|client| client.verdict == VERDICT_APPROVED);
+    let approved = unsafe { is_approved(skb.__bindgen_anon_2.sk) };
     if !approved {
         count(Counter::Guarded);
     }
@@ -122,15 +121,4 @@ fn we_listen(skb: &__sk_buff, port: u16) -> bool {
         bpf_sk_release(sk.cast());
         ours
     }
-}
-
-/// One value at this offset of the IP packet, where the packet's linear part reaches that far.
-#[inline(always)]
-fn load<T: Copy>(skb: &__sk_buff, offset: usize) -> Option<T> {
-    let start = skb.data as usize + offset;
-    if start + size_of::<T>() > skb.data_end as usize {
-        return None;
-    }
-    // SAFETY: within the packet, as just checked; the verifier knows packet pointers to be readable.
-    Some(unsafe { (start as *const T).read_unaligned() })
 }

@@ -13,10 +13,11 @@ mod egress;
 mod maps;
 mod peer;
 mod sockops;
+mod uplink;
 
 use aya_ebpf::{
-    macros::{cgroup_skb, cgroup_sock_addr, sock_ops, tracepoint},
-    programs::{SkBuffContext, SockAddrContext, SockOpsContext, TracePointContext},
+    macros::{cgroup_skb, cgroup_sock_addr, classifier, sock_ops, tracepoint},
+    programs::{SkBuffContext, SockAddrContext, SockOpsContext, TcContext, TracePointContext},
 };
 
 // A program must not be named like a section ("sockops", "classifier"): the linker takes the two
@@ -53,6 +54,11 @@ pub fn imds_sock_ops(ctx: SockOpsContext) -> u32 {
 #[cgroup_skb(egress)]
 pub fn imds_egress(ctx: SkBuffContext) -> i32 {
     egress::verdict(&ctx) as i32
+}
+
+#[classifier]
+pub fn imds_uplink(ctx: TcContext) -> i32 {
+    uplink::verdict(&ctx)
 }
 
 #[tracepoint]

@@ -1,15 +1,15 @@
-//! The maps, and the few things every hook does with them.
+//! The maps, and the few things that several hooks do.
 
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    bindings::{__sk_buff, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     btf_maps::SkStorage,
     helpers::generated::{bpf_sk_fullsock, bpf_sk_storage_get},
     macros::{btf_map, map},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
-use metadata_proxy_common::{Client, Counter, Flow, FlowKey, Settings, Wanted};
+use metadata_proxy_common::{Client, Counter, Flow, FlowKey, Settings, VERDICT_APPROVED, Wanted};
 
 #[map]
 static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
@@ -139,4 +139,25 @@ pub unsafe fn client_of_packet(sk: *mut bpf_sock) -> Option<&'static Client> {
     }
     // SAFETY: not null.
     unsafe { client_of(bpf_sk_fullsock(sk)) }
+}
+
+/// Whether connect(2) has approved the packet's socket for the real service.
+///
+/// # Safety
+/// As for `client_of_packet`.
+#[inline(always)]
+pub unsafe fn is_approved(sk: *mut bpf_sock) -> bool {
+    // SAFETY: by the caller's promise.
+    unsafe { client_of_packet(sk) }.is_some_and(|client| client.verdict == VERDICT_APPROVED)
+}
+
+/// One value at this offset of the packet, where the packet's linear part reaches that far.
+#[inline(always)]
+pub fn load<T: Copy>(skb: &__sk_buff, offset: usize) -> Option<T> {
+    let start = skb.data as usize + offset;
+    if start + size_of::<T>() > skb.data_end as usize {
+        return None;
+    }
+    // SAFETY: within the packet, as just checked; the verifier knows packet pointers to be readable.
+    Some(unsafe { (start as *const T).read_unaligned() })
 }

@@ -2,8 +2,7 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use anyhow::Context as _;
-use aws_lc_rs::rand;
+use anyhow::{Context as _, bail};
 use jiff::Timestamp;
 use metadata_proxy_common::Settings;
 use rustix::{
@@ -11,6 +10,7 @@ use rustix::{
     time::{ClockId, clock_getres},
 };
 use tokio::{
+    runtime::Runtime,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
 };
@@ -18,13 +18,15 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
+    check,
     config::Config,
     containers::{Registry, cgroup, docker::Engine},
     credentials::{self, Aws, Store},
-    imds::{Imds, TokenKey},
+    imds::Imds,
     interceptor::{self, Interceptor, preflight},
     listeners::{Listeners, netns},
     server::Server,
+    token_key,
     upstream::Upstream,
     workload::Workloads,
 };
@@ -39,15 +41,24 @@ const SYN_TIMEOUT: Duration = Duration::from_millis(8);
 const HOLD_BUDGET: Duration = Duration::from_secs(4);
 
 pub(crate) fn run(config: Config) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the runtime")?
-        .block_on(serve(config))
+    runtime()?.block_on(serve(config))
+}
+
+pub(crate) fn check(config: &Config) -> anyhow::Result<()> {
+    if !runtime()?.block_on(check::run(config)) {
+        bail!("this host lacks something that is needed");
+    }
+    Ok(())
+}
+
+fn runtime() -> anyhow::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")
 }
 
 pub(crate) fn detach(bpffs: &Path) -> anyhow::Result<()> {
-    let removed = interceptor::detach(bpffs).with_context(|| format!("cannot detach from {}", bpffs.display()))?;
+    let removed = runtime()?
+        .block_on(interceptor::detach(bpffs))
+        .with_context(|| format!("cannot detach from {}", bpffs.display()))?;
     for pin in &removed {
         eprintln!("removed {}", pin.display());
     }
@@ -75,7 +86,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
     let credentials = Arc::new(Store::new(Arc::clone(&aws), credentials::Settings::default()));
     tokio::spawn(async move { introduce(&aws).await });
-    let (interceptor, wanted) = Interceptor::attach(&interceptor::Options {
+    let (interceptor, wanted, uplinks) = Interceptor::attach(&interceptor::Options {
         cgroup: &cgroup,
         bpffs: &config.bpffs,
         settings: settings()?,
@@ -97,8 +108,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let (endpoint, policy) = config.upstream.map(|upstream| (upstream.endpoint, upstream.policy)).unzip();
     let server = Arc::new(Server {
         registry: Arc::clone(&registry),
-        imds: Imds::new(token_key()?, policy, Timestamp::now()),
-        imds_of_strangers: Imds::new(token_key()?, None, Timestamp::now()),
+        imds: Imds::new(token_key::of_this_boot()?, policy, Timestamp::now()),
+        imds_of_strangers: Imds::new(token_key::of_this_boot()?, None, Timestamp::now()),
         credentials,
         upstream: endpoint.map(Upstream::new),
         require_imdsv2: config.require_imdsv2,
@@ -107,10 +118,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let server = tokio::spawn(server.run(connections, stop.clone()));
 
+    // Connections that are held by now do not wait for the snapshot.
+    let mut wanted = tokio::spawn(Arc::clone(&listeners).serve_wanted(wanted));
     registry.resync().await.context("cannot ask the engine for its containers")?;
+    tokio::spawn(uplinks.follow());
     let sweeper = tokio::spawn(sweep(Arc::clone(&listeners)));
     let follower = tokio::spawn(async move { registry.follow().await });
-    let mut wanted = tokio::spawn(Arc::clone(&listeners).serve_wanted(wanted));
     info!(cgroup = %cgroup.display(), "ready: intercepting the containers of {}", config.docker_host);
 
     let failed = tokio::select! {
@@ -176,13 +189,6 @@ fn raise_file_limit() {
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
         warn!("cannot raise the limit of open files from {:?}: {error}", limit.current);
     }
-}
-
-/// A key of this process: session tokens end with it, and clients take new ones.
-fn token_key() -> anyhow::Result<TokenKey> {
-    let mut key = [0; 32];
-    rand::fill(&mut key).ok().context("the system has no randomness to give")?;
-    Ok(TokenKey::new(&key))
 }
 
 fn settings() -> anyhow::Result<Settings> {

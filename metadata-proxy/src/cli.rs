@@ -27,6 +27,8 @@ pub(crate) enum Command {
     /// service, until the daemon runs again or `detach` is called.
     #[command(after_help = RUN_HELP)]
     Run(Run),
+    /// Say whether this host has what `run` with the same flags needs, and what to do where not.
+    Check(Run),
     /// Remove all BPF programs, links and maps that `run` has left.
     ///
     /// From then on containers reach the real service. Does nothing where nothing is left.

@@ -8,6 +8,7 @@ mod maps;
 mod object;
 pub(crate) mod preflight;
 mod syscall;
+mod uplinks;
 
 use std::{
     collections::HashMap,
@@ -22,6 +23,7 @@ use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
 pub(crate) use object::detach;
+pub(crate) use uplinks::Uplinks;
 
 /// What goes wrong between us and the kernel, for the reader.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +32,7 @@ pub(crate) enum Error {
         "cannot load the BPF programs into kernel {kernel}: {source}. metadata-proxy needs Linux 5.15 or later with CONFIG_CGROUP_BPF, CONFIG_BPF_SYSCALL and BTF (/sys/kernel/btf/vmlinux)"
     )]
     Load { kernel: String, source: anyhow::Error },
-    #[error("cannot attach {program} to cgroup {}: {source}. If the kernel says EPERM, another BPF program holds this hook without BPF_F_ALLOW_MULTI: `bpftool cgroup show {}` names it", .cgroup.display(), .cgroup.display())]
+    #[error("cannot attach {program} to cgroup {}: {source:#}", .cgroup.display())]
     Attach { program: &'static str, cgroup: PathBuf, source: anyhow::Error },
     #[error("cannot use the pin directory {}: {source}. It must be on a bpffs (--bpffs)", .path.display())]
     Pin { path: PathBuf, source: std::io::Error },
@@ -50,6 +52,12 @@ pub(crate) struct Options<'a> {
     pub(crate) debug: bool,
 }
 
+/// Whether the kernel takes the programs; they are not attached.
+pub(crate) fn try_load() -> anyhow::Result<()> {
+    let mut object = object::load_unpinned()?;
+    Ok(link::load_all(&mut object)?)
+}
+
 /// The attached programs' maps.
 pub(crate) struct Interceptor {
     cgroups: Mutex<BpfHashMap<MapData, u64, u32>>,
@@ -61,7 +69,7 @@ pub(crate) struct Interceptor {
 
 impl Interceptor {
     /// Loads the programs and attaches them, or takes over from the daemon that was here before.
-    pub(crate) fn attach(options: &Options<'_>) -> Result<(Self, WantedEvents), Error> {
+    pub(crate) fn attach(options: &Options<'_>) -> Result<(Self, WantedEvents, Uplinks), Error> {
         let pins = object::Pins::create(options.bpffs, options.cgroup, LAYOUT_VERSION)?;
         let mut object = object::load(&pins, options.debug)?;
 
@@ -78,9 +86,10 @@ impl Interceptor {
         };
         let wanted = WantedEvents::new(maps::take(&mut object, "WANTED")?)?;
         link::attach_all(&mut object, &pins, options.cgroup)?;
-        pins.remove_stale();
         object::follow_log(&mut object);
-        Ok((interceptor, wanted))
+        let uplinks = Uplinks::new(object, pins.uplinks());
+        pins.remove_stale();
+        Ok((interceptor, wanted, uplinks))
     }
 
     /// Who opened this accepted connection. None if the kernel has no record of it: refuse it.

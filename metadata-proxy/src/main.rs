@@ -1,6 +1,7 @@
 //! metadata-proxy: gives every Docker container on a host its own IAM role.
 
 mod app;
+mod check;
 mod cli;
 mod config;
 mod containers;
@@ -10,6 +11,7 @@ mod imds;
 mod interceptor;
 mod listeners;
 mod server;
+mod token_key;
 mod upstream;
 mod workload;
 
@@ -37,6 +39,10 @@ fn main() -> ExitCode {
                 start_log(&config);
                 app::run(config)
             }
+            Err(error) => return refuse(&error.to_string()),
+        },
+        Command::Check(run) => match Config::resolve(run) {
+            Ok(config) => app::check(&config),
             Err(error) => return refuse(&error.to_string()),
         },
         Command::Detach { bpffs } => app::detach(&bpffs.path.unwrap_or_else(|| config::BPFFS.into())),

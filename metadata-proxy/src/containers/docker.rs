@@ -67,6 +67,16 @@ impl Engine {
         Ok(Self { docker, streaming })
     }
 
+    /// What it is, in a line.
+    pub(crate) async fn describe(&self) -> anyhow::Result<String> {
+        let info = self.docker.info().await.context("cannot ask the engine about itself")?;
+        let driver = info.cgroup_driver.map(|driver| driver.to_string()).unwrap_or_default();
+        let cgroups = info.cgroup_version.map(|version| version.to_string()).unwrap_or_default();
+        let version = info.server_version.unwrap_or_default();
+        let running = info.containers_running.unwrap_or_default();
+        Ok(format!("{version}, cgroup driver {driver}, cgroup version {cgroups}, {running} containers running"))
+    }
+
     /// The ids of all running containers.
     pub(super) async fn running(&self) -> anyhow::Result<Vec<String>> {
         let list = self.docker.list_containers(None::<ListContainersOptions>).await;

@@ -3,6 +3,7 @@
 //! ```text
 //! <bpffs>/metadata-proxy/v<layout>/maps/<MAP>
 //! <bpffs>/metadata-proxy/v<layout>/links-<cgroup id>/<program>
+//! <bpffs>/metadata-proxy/v<layout>/uplinks/<interface index>
 //! ```
 
 use std::{
@@ -15,7 +16,7 @@ use aya::{Ebpf, EbpfLoader};
 use aya_log::{EbpfLogger, Level};
 use tracing::{info, warn};
 
-use super::{Error, maps};
+use super::{Error, maps, uplinks};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("METADATA_PROXY_EBPF_OBJECT"));
 
@@ -40,7 +41,7 @@ impl Pins {
         // A link stays with its cgroup: another --cgroup needs links of its own.
         let cgroup_id = fs::metadata(cgroup).map_err(pin_error(cgroup))?.ino();
         let links = version.join(format!("links-{cgroup_id}"));
-        for directory in [&version.join("maps"), &links] {
+        for directory in [&version.join("maps"), &version.join("uplinks"), &links] {
             fs::create_dir_all(directory).map_err(pin_error(directory))?;
         }
         Ok(Self { root, version, links })
@@ -48,6 +49,10 @@ impl Pins {
 
     pub(super) fn link(&self, program: &str) -> PathBuf {
         self.links.join(program)
+    }
+
+    pub(super) fn uplinks(&self) -> PathBuf {
+        self.version.join("uplinks")
     }
 
     fn map(&self, name: &str) -> PathBuf {
@@ -61,7 +66,7 @@ impl Pins {
             entries.filter(|path| !keep.contains(&path.as_path())).collect::<Vec<_>>()
         };
         let mut paths = stale(&self.root, &[&self.version]);
-        paths.extend(stale(&self.version, &[&self.links, &self.version.join("maps")]));
+        paths.extend(stale(&self.version, &[&self.links, &self.version.join("maps"), &self.uplinks()]));
         for path in paths {
             match fs::remove_dir_all(&path) {
                 Ok(()) => info!("detached what an earlier version or --cgroup left in {}", path.display()),
@@ -72,9 +77,10 @@ impl Pins {
 }
 
 /// Detaches and removes everything, and says what; nothing there is nothing to do.
-pub(crate) fn detach(bpffs: &Path) -> io::Result<Vec<PathBuf>> {
+pub(crate) async fn detach(bpffs: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let root = bpffs.join(DIRECTORY);
     let mut removed = Vec::new();
+    uplinks::remove_filters().await?;
     // Links before maps, so that no program ever runs on half of its maps.
     for version in entries(&root)? {
         let (maps, links): (Vec<_>, Vec<_>) = entries(&version)?.into_iter().partition(|path| path.ends_with("maps"));
@@ -88,7 +94,7 @@ pub(crate) fn detach(bpffs: &Path) -> io::Result<Vec<PathBuf>> {
         fs::remove_dir(&version)?;
     }
     match fs::remove_dir(&root) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
         _ => Ok(removed),
     }
 }
@@ -99,6 +105,11 @@ fn entries(directory: &Path) -> io::Result<Vec<PathBuf>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
     }
+}
+
+/// Without pins: nothing stays when it is dropped.
+pub(super) fn load_unpinned() -> Result<Ebpf, Error> {
+    EbpfLoader::new().load(OBJECT).map_err(|error| load_error(error.into()))
 }
 
 pub(super) fn load(pins: &Pins, debug: bool) -> Result<Ebpf, Error> {

@@ -1,0 +1,98 @@
+//! `metadata-proxy check`: whether this host has what the daemon needs, as a table. Changes nothing but
+//! what `run` would mount.
+#![expect(clippy::print_stdout, reason = "the table is its standard output")]
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use tokio::time::timeout;
+
+use crate::{
+    config::Config,
+    containers::{cgroup, docker::Engine},
+    credentials::Aws,
+    interceptor::{self, preflight},
+    listeners::netns,
+    upstream::Upstream,
+};
+
+/// For each thing that is somebody else's to answer.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Prints one line for each thing; false if one that is needed is missing.
+pub(crate) async fn run(config: &Config) -> bool {
+    let mut table = Table { good: true };
+    table.line("kernel", kernel());
+    table.line("capabilities", preflight::capabilities().map(|()| "all there".to_owned()));
+    table.line("cgroup2", preflight::cgroup(config.cgroup.as_deref()).map(|path| path.display().to_string()));
+    table.line("bpffs", preflight::bpffs(&config.bpffs).map(|()| config.bpffs.display().to_string()));
+    table.line("tracefs", preflight::tracefs().map(|()| "mounted".to_owned()));
+    table.line("network namespaces", netns::current_cookie().map(|cookie| format!("the host's has cookie {cookie}")));
+    table.line("BPF programs", interceptor::try_load().map(|()| "the kernel accepts all of them".to_owned()));
+    table.line("exempt cgroups", exempt(config));
+    table.line("Docker", docker(config).await);
+    table.line("STS identity", identity(config).await);
+    table.line("real service", real_service(config).await);
+    table.good
+}
+
+struct Table {
+    good: bool,
+}
+
+impl Table {
+    fn line(&mut self, name: &str, result: anyhow::Result<String>) {
+        match result {
+            Ok(detail) => println!("ok      {name:<20}{detail}"),
+            Err(error) => {
+                self.good = false;
+                println!("FAILED  {name:<20}{error:#}");
+            }
+        }
+    }
+}
+
+fn kernel() -> anyhow::Result<String> {
+    if !std::path::Path::new("/sys/kernel/btf/vmlinux").exists() {
+        bail!(
+            "no /sys/kernel/btf/vmlinux: the kernel was built without CONFIG_DEBUG_INFO_BTF; use the distribution's own"
+        );
+    }
+    let name = rustix::system::uname();
+    Ok(format!("{} {}", name.sysname().to_string_lossy(), name.release().to_string_lossy()))
+}
+
+fn exempt(config: &Config) -> anyhow::Result<String> {
+    let cgroup2 = preflight::cgroup2_mount()?;
+    for path in &config.exempt_cgroups {
+        cgroup::id_at(&cgroup2, path)?;
+    }
+    Ok(match config.exempt_cgroups.len() {
+        0 => "none".to_owned(),
+        count => format!("{count}, all there"),
+    })
+}
+
+async fn docker(config: &Config) -> anyhow::Result<String> {
+    Engine::connect(&config.docker_host).await?.describe().await
+}
+
+/// Signed with the host's clock, which STS does not let be more than five minutes off.
+async fn identity(config: &Config) -> anyhow::Result<String> {
+    let aws = Aws::connect(config.imds_endpoint.as_deref()).await?;
+    let identity = timeout(PATIENCE, aws.caller_identity()).await.context("STS does not answer")??;
+    Ok(format!("{}, and the clock is right", identity.arn))
+}
+
+async fn real_service(config: &Config) -> anyhow::Result<String> {
+    const PATH: &str = "/latest/meta-data/instance-id";
+    let Some(upstream) = &config.upstream else {
+        return Ok("not used (--disable-upstream)".to_owned());
+    };
+    let remedy = || format!("{}: off EC2, run with --disable-upstream", upstream.endpoint);
+    let answer = Upstream::new(upstream.endpoint.clone()).get(PATH).await.with_context(remedy)?;
+    if !answer.status.is_success() {
+        bail!("{} answers {} to {PATH}", upstream.endpoint, answer.status);
+    }
+    Ok(format!("this is {}", String::from_utf8_lossy(&answer.body)))
+}
