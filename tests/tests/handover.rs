@@ -9,7 +9,7 @@ use metadata_proxy_tests::{
 async fn stays_good(event: Event) -> Result<()> {
     let mut stage = Stage::start().await?;
     let outcome = perform(&mut stage, event).await?;
-    println!("{event:?}: {} requests, worst {:?}, {:?}", outcome.requests, outcome.worst, outcome.errors);
+    eprintln!("{event:?}: {} requests, worst {:?}, {:?}", outcome.requests, outcome.worst, outcome.errors);
     ensure!(is_good(event, &outcome), "{outcome:#?}\n{}", stage.daemon.log()?);
     stage.assert_no_leak()
 }
