@@ -1,0 +1,326 @@
+//! STS in trouble and STS at ease: what containers get, when, and what it costs in calls.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use jiff::Timestamp;
+use metadata_proxy_tests::{
+    host::{Container, ContainerSpec},
+    stage::{Stage, role_arn},
+    sts::{Call, Fault},
+};
+use tokio::time::sleep;
+
+const ROLE_LABEL: &str = "metadata-proxy.role";
+const ROLE_LIST: &str = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+
+/// What a container was answered.
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    took: Duration,
+    body: String,
+}
+
+/// What curl is told to write behind each body.
+const FORMAT: &str = "\n%{http_code} %{time_total}\n";
+
+impl Answer {
+    fn parse(output: &str) -> Result<Self> {
+        let shown = || format!("curl printed {output:?}");
+        let (body, numbers) = output.trim_end().rsplit_once('\n').with_context(shown)?;
+        let (status, seconds) = numbers.split_once(' ').with_context(shown)?;
+        let took = Duration::from_secs_f64(seconds.parse().with_context(shown)?);
+        Ok(Self { status: status.parse().with_context(shown)?, took, body: body.to_owned() })
+    }
+
+    fn field(&self, name: &str) -> Result<String> {
+        let document: serde_json::Value =
+            serde_json::from_str(&self.body).with_context(|| format!("not credentials: {self:?}"))?;
+        Ok(document[name].as_str().with_context(|| format!("no {name}: {self:?}"))?.to_owned())
+    }
+
+    fn access_key(&self) -> Result<String> {
+        self.field("AccessKeyId")
+    }
+}
+
+/// A container of this name, with the role of this name, that does nothing by itself.
+async fn idle(stage: &Stage, name: &str, role: &str) -> Result<Container> {
+    stage.run(ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]).label(ROLE_LABEL, &role_arn(role))).await
+}
+
+/// One request of a container.
+async fn ask(container: &Container, path: &str) -> Result<Answer> {
+    let url = format!("{ROLE_LIST}{path}");
+    let finished = container.exec(["/usr/bin/curl", "-s", "--max-time", "20", "-w", FORMAT, &url]).await?;
+    Answer::parse(&finished.stdout).with_context(|| format!("{finished:?}"))
+}
+
+async fn ask_until(container: &Container, path: &str, status: u16, limit: Duration) -> Result<Answer> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let answer = ask(container, path).await?;
+        if answer.status == status {
+            return Ok(answer);
+        }
+        ensure!(Instant::now() < deadline, "after {limit:?} still {answer:?}");
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn calls_reach(stage: &Stage, role: &str, count: usize, limit: Duration) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    while stage.sts.assume_role_calls(&role_arn(role)) < count {
+        ensure!(Instant::now() < deadline, "{role} was not assumed {count} times within {limit:?}");
+        sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+/// The one AssumeRole for this role.
+fn only_call(stage: &Stage, role: &str) -> Result<Call> {
+    let arn = role_arn(role);
+    let mut calls: Vec<Call> =
+        stage.sts.calls().into_iter().filter(|call| call.parameters.get("RoleArn") == Some(&arn)).collect();
+    ensure!(calls.len() == 1, "not one call for {role}: {calls:#?}");
+    Ok(calls.remove(0))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_sts_is_down_the_role_list_says_503_at_once_and_afterwards_all_is_well_by_itself() -> Result<()> {
+    let stage = Stage::start().await?;
+    stage.sts.stop_listening()?;
+    let container = idle(&stage, "patient", "patient").await?;
+    for path in ["", "patient"] {
+        let answer = ask(&container, path).await?;
+        ensure!(answer.status == 503 && answer.body.is_empty(), "{path:?}: {answer:?}");
+        // The SDK's own second attempt comes after up to a second.
+        ensure!(answer.took < Duration::from_secs(2), "{path:?}: {answer:?}");
+    }
+    stage.sts.listen_again()?;
+    let answer = ask_until(&container, "", 200, Duration::from_secs(10)).await?;
+    ensure!(answer.body == "patient", "{answer:?}");
+    let key = ask(&container, "patient").await?.access_key()?;
+    ensure!(stage.role_of(&key).as_deref() == Some("patient"), "{key} is not the role's");
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_that_a_slow_sts_was_asked_for_ahead_are_there_when_they_are_needed() -> Result<()> {
+    let stage = Stage::start().await?;
+    stage.sts.set_fault(Some(Fault::Delay(Duration::from_secs(2))));
+    let container = idle(&stage, "slow", "slow").await?;
+    let first = ask(&container, "slow").await?;
+    ensure!(matches!(first.status, 200 | 503) && first.took < Duration::from_secs(5), "{first:?}");
+    calls_reach(&stage, "slow", 1, Duration::from_secs(5)).await?;
+    ask_until(&container, "", 200, Duration::from_secs(5)).await?;
+    let later = ask(&container, "slow").await?;
+    ensure!(later.status == 200 && later.took < Duration::from_millis(200), "{later:?}");
+    only_call(&stage, "slow")?;
+
+    stage.sts.set_fault(Some(Fault::Delay(Duration::from_millis(500))));
+    let script = format!("sleep 1.5; curl -s --max-time 20 -w '{FORMAT}' {ROLE_LIST}ahead");
+    let spec = ContainerSpec::on_host("ahead", ["/usr/bin/sh", "-c", &script]).label(ROLE_LABEL, &role_arn("ahead"));
+    let container = stage.run(spec).await?;
+    calls_reach(&stage, "ahead", 1, Duration::from_secs(1)).await?;
+    let answer = Answer::parse(&stage.finish(&container).await?)?;
+    ensure!(answer.status == 200 && answer.took < Duration::from_millis(200), "the first request: {answer:?}");
+    only_call(&stage, "ahead")?;
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_sts_that_hangs_for_one_role_costs_others_nothing() -> Result<()> {
+    let stage = Stage::start().await?;
+    stage.sts.set_role_fault(&role_arn("stuck"), Some(Fault::Hang));
+    let stuck = idle(&stage, "stuck", "stuck").await?;
+    let lively = idle(&stage, "lively", "lively").await?;
+    let (waiting, served) = tokio::join!(ask(&stuck, ""), async {
+        sleep(Duration::from_millis(300)).await;
+        ask(&lively, "lively").await
+    });
+    let (waiting, served) = (waiting?, served?);
+    ensure!(served.status == 200 && served.took < Duration::from_millis(500), "{served:?}");
+    ensure!(waiting.status == 503 && waiting.body.is_empty(), "{waiting:?}");
+    ensure!(waiting.took < Duration::from_secs(5), "{waiting:?}");
+    let fresh = idle(&stage, "fresh", "fresh").await?;
+    let served = ask(&fresh, "").await?;
+    ensure!(served.status == 200 && served.took < Duration::from_millis(500), "{served:?}");
+
+    stage.sts.set_role_fault(&role_arn("stuck"), None);
+    ask_until(&stuck, "", 200, Duration::from_secs(25)).await?;
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_sts_refuses_is_no_role_and_is_not_asked_for_again_and_again() -> Result<()> {
+    let stage = Stage::start().await?;
+    let refused_role = role_arn("forbidden");
+    stage.sts.set_role_fault(&refused_role, Some(Fault::Refuse));
+    let refused = idle(&stage, "refused", "forbidden").await?;
+    let other = idle(&stage, "other", "allowed").await?;
+    let answer = ask(&refused, "").await?;
+    ensure!(answer.status == 404 && answer.took < Duration::from_secs(1), "{answer:?}");
+    ensure!(ask(&other, "").await?.body == "allowed", "another container suffers");
+
+    let script = format!("for i in $(seq 100); do curl -s -o /dev/null -w '%{{http_code}}\\n' {ROLE_LIST}; done");
+    let finished = refused.exec(["/usr/bin/sh", "-c", &script]).await?;
+    let statuses: Vec<&str> = finished.stdout.lines().collect();
+    ensure!(statuses == ["404"; 100], "{statuses:?}");
+    let calls = stage.sts.assume_role_calls(&refused_role);
+    ensure!(calls == 1, "101 requests of a refused container made {calls} calls of STS");
+
+    let log = stage.daemon.log()?;
+    let line = log.lines().find(|line| line.contains(" WARN ") && line.contains(&refused_role));
+    let line = line.with_context(|| format!("nothing about {refused_role} in the log:\n{log}"))?;
+    ensure!(line.contains("AccessDenied") && line.contains("trust policy"), "no remedy in {line}");
+    ensure!(line.contains("arn:aws:iam::111122223333:user/metadata-proxy"), "who is refused? {line}");
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn throttling_and_errors_of_sts_are_tried_again() -> Result<()> {
+    for fault in [Fault::Throttle, Fault::ServerError] {
+        let stage = Stage::start().await?;
+        stage.sts.set_fault(Some(fault.clone()));
+        let container = idle(&stage, "unlucky", "unlucky").await?;
+        let answer = ask(&container, "").await?;
+        ensure!(answer.status == 503 && answer.body.is_empty(), "{fault:?}: {answer:?}");
+        // Nobody asks meanwhile.
+        calls_reach(&stage, "unlucky", 4, Duration::from_secs(15)).await?;
+        stage.sts.set_fault(None);
+        let answer = ask_until(&container, "", 200, Duration::from_secs(15)).await?;
+        ensure!(answer.body == "unlucky", "{fault:?}: {answer:?}");
+        let calls = stage.sts.assume_role_calls(&role_arn("unlucky"));
+        ensure!(calls < 12, "{fault:?}: {calls} calls are no way to treat a service in trouble");
+        stage.assert_no_leak()?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_requests_at_once_are_one_call_of_sts() -> Result<()> {
+    let stage = Stage::start().await?;
+    stage.sts.set_fault(Some(Fault::Delay(Duration::from_millis(500))));
+    // What follows `#` is not sent, so that these are fifty times the same.
+    let url = format!("{ROLE_LIST}crowd#[1-50]");
+    let curl = ["/usr/bin/curl", "-s", "-Z", "--parallel-immediate", "--parallel-max", "50", "--max-time", "20", &url];
+    let container = stage.run(ContainerSpec::on_host("crowd", curl).label(ROLE_LABEL, &role_arn("crowd"))).await?;
+    let output = stage.finish(&container).await?;
+    let key =
+        Answer { status: 200, took: Duration::ZERO, body: output.split_inclusive('}').next().unwrap_or("").into() }
+            .access_key()?;
+    let answers = output.matches("\"Code\" : \"Success\"").count();
+    let same = output.matches(&key).count();
+    ensure!((answers, same) == (50, 50), "{answers} answers, {same} with the first one's key: {output}");
+    let session = only_call(&stage, "crowd")?.parameters.remove("RoleSessionName");
+    ensure!(stage.sts.issued(&key).map(|issued| issued.session_name) == session, "{key} is not of that session");
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_container_is_a_session_of_its_own_even_of_the_same_role() -> Result<()> {
+    let stage = Stage::start().await?;
+    let mut keys = Vec::new();
+    for name in ["twin-a", "twin_b.2"] {
+        let container = idle(&stage, name, "twins").await?;
+        let key = ask(&container, "twins").await?.access_key()?;
+        let session = format!("{name}-{}", &container.id()[..12]);
+        let issued = stage.sts.issued(&key).context("a key from nowhere")?;
+        ensure!(issued.session_name == session, "{} is not {session}", issued.session_name);
+        let calls = stage.sts.calls();
+        let call = calls.iter().find(|call| call.parameters.get("RoleSessionName") == Some(&session));
+        let call = call.with_context(|| format!("no call for {session}: {calls:#?}"))?;
+        ensure!(call.parameters.get("DurationSeconds").is_some_and(|seconds| seconds == "3600"), "{call:?}");
+        ensure!(call.parameters.get("RoleArn") == Some(&role_arn("twins")), "{call:?}");
+        keys.push(key);
+    }
+    ensure!(keys[0] != keys[1], "two containers have the same key");
+    ensure!(stage.sts.assume_role_calls(&role_arn("twins")) == 2, "more calls than containers");
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_lived_container_always_has_valid_credentials_until_sts_is_gone_for_too_long() -> Result<()> {
+    const LIFETIME: Duration = Duration::from_secs(8);
+    let stage = Stage::start().await?;
+    stage.sts.set_lifetime(Some(LIFETIME));
+    let container = idle(&stage, "steady", "steady").await?;
+
+    let mut keys = Vec::new();
+    let end = Instant::now() + 2 * LIFETIME;
+    while Instant::now() < end {
+        let (key, expiration) = valid_credentials(&container).await?;
+        let left = Duration::try_from(expiration.duration_since(Timestamp::now()))?;
+        ensure!(left > LIFETIME / 4, "{key} is served with only {left:?} left, although STS is well");
+        if keys.last() != Some(&key) {
+            keys.push(key);
+        }
+        sleep(Duration::from_millis(150)).await;
+    }
+    let calls = stage.sts.assume_role_calls(&role_arn("steady"));
+    ensure!(keys.len() >= 4 && calls <= keys.len() + 1, "{calls} calls, and in {:?} these: {keys:?}", 2 * LIFETIME);
+
+    stage.sts.stop_listening()?;
+    let (mut last, mut expiration) = valid_credentials(&container).await?;
+    let failed = loop {
+        // The list tells as well, and first, as some clients crash on a document that is not there.
+        let answer = ask(&container, "").await?;
+        if answer.status != 200 {
+            break answer;
+        }
+        let answer = ask(&container, "steady").await?;
+        if answer.status == 200 {
+            (last, expiration) = (answer.access_key()?, answer.field("Expiration")?.parse::<Timestamp>()?);
+        }
+        ensure!(Timestamp::now().duration_since(expiration).as_secs() < 2, "{last} has expired at {expiration}");
+        sleep(Duration::from_millis(100)).await;
+    };
+    ensure!(failed.status == 503 && failed.body.is_empty(), "{failed:?}");
+    let early = expiration.duration_since(Timestamp::now());
+    // Written in whole seconds.
+    ensure!(early.as_secs() < 2, "{last}, good until {expiration}, was withheld {early:?} too early");
+    ensure!(ask(&container, "steady").await?.status == 503, "the document outlives its credentials");
+
+    stage.sts.listen_again()?;
+    ask_until(&container, "", 200, Duration::from_secs(35)).await?;
+    let (key, _) = valid_credentials(&container).await?;
+    ensure!(key != last, "expired credentials are back");
+    stage.assert_no_leak()
+}
+
+/// The key and its end, which is not yet.
+async fn valid_credentials(container: &Container) -> Result<(String, Timestamp)> {
+    let answer = ask(container, "steady").await?;
+    ensure!(answer.status == 200, "{answer:?}");
+    let expiration: Timestamp = answer.field("Expiration")?.parse()?;
+    let key = answer.access_key()?;
+    if expiration <= Timestamp::now() - Duration::from_secs(1) {
+        bail!("{key} has expired at {expiration}");
+    }
+    Ok((key, expiration))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_of_a_container_that_has_stopped_are_no_longer_renewed() -> Result<()> {
+    const LIFETIME: Duration = Duration::from_secs(4);
+    let stage = Stage::start().await?;
+    stage.sts.set_lifetime(Some(LIFETIME));
+    let stopping = idle(&stage, "stopping", "stopping").await?;
+    let staying = idle(&stage, "staying", "staying").await?;
+    ensure!(ask(&stopping, "stopping").await?.status == 200, "not served");
+    // Renewed without anybody asking.
+    for role in ["stopping", "staying"] {
+        calls_reach(&stage, role, 2, LIFETIME).await?;
+    }
+    stopping.stop().await?;
+    sleep(Duration::from_millis(500)).await;
+    let calls = |role| stage.sts.assume_role_calls(&role_arn(role));
+    let (stopped, stayed) = (calls("stopping"), calls("staying"));
+    sleep(2 * LIFETIME).await;
+    ensure!(calls("stopping") == stopped, "{} calls for a container that is gone", calls("stopping") - stopped);
+    ensure!(calls("staying") >= stayed + 3, "the other's renewal has ended with it");
+    ensure!(staying.pid().await? != 0, "the other has ended");
+    stage.assert_no_leak()
+}
