@@ -16,7 +16,10 @@ use std::{
 
 use futures_util::StreamExt as _;
 use metadata_proxy_common::Flow;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, sleep, timeout},
+};
 use tracing::{debug, info, warn};
 
 use docker::{Engine, Event, Lookup};
@@ -46,6 +49,8 @@ pub(crate) struct Registry<W> {
     entries: RwLock<HashMap<String, Entry<W>>>,
     /// Cgroup id -> container id.
     cgroups: RwLock<HashMap<u64, String>>,
+    /// For a cgroup of which nothing was known.
+    last_look: Mutex<Option<Instant>>,
 }
 
 struct Entry<W> {
@@ -59,6 +64,8 @@ struct Entry<W> {
 const STARTING: Duration = Duration::from_millis(900);
 /// Between two looks at a container that is just starting.
 const POLL: Duration = Duration::from_millis(5);
+/// Between two full looks at the engine for strangers.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(200);
 /// Events can be lost without the stream breaking; a full look puts that right.
 const RESYNC: Duration = Duration::from_secs(60);
 
@@ -68,8 +75,8 @@ impl<W: Send + Sync + 'static> Registry<W> {
         cgroup2: PathBuf,
         admit: impl Fn(Container) -> W + Send + Sync + 'static,
     ) -> Self {
-        let (entries, cgroups) = Default::default();
-        Self { engine, cgroup2, admit: Box::new(admit), entries, cgroups }
+        let (entries, cgroups, last_look) = Default::default();
+        Self { engine, cgroup2, admit: Box::new(admit), entries, cgroups, last_look }
     }
 
     /// The container of a flow, by the cgroup that the kernel saw. None: no container of this engine.
@@ -94,7 +101,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
     async fn look_closer(&self, flow: &Flow) -> anyhow::Result<Option<Arc<W>>> {
         // Only a hint which container to ask for: what the engine says decides.
         let Some(id) = cgroup::container_hint(flow.pid, flow.cgroup, &self.cgroup2) else {
-            self.resync().await?;
+            self.resync_for_stranger().await?;
             return Ok(self.find(flow));
         };
         let deadline = Instant::now() + STARTING;
@@ -113,6 +120,17 @@ impl<W: Send + Sync + 'static> Registry<W> {
             }
             sleep(POLL).await;
         }
+    }
+
+    /// One look at the engine for all who ask at the same time, and not too often: who has no container
+    /// may ask as often as it likes.
+    async fn resync_for_stranger(&self) -> anyhow::Result<()> {
+        let mut last = self.last_look.lock().await;
+        if last.is_none_or(|last| last.elapsed() >= BETWEEN_LOOKS) {
+            self.resync().await?;
+            *last = Some(Instant::now());
+        }
+        Ok(())
     }
 
     /// Follows the engine for as long as the daemon runs.
@@ -152,12 +170,11 @@ impl<W: Send + Sync + 'static> Registry<W> {
 
     async fn apply(&self, event: Event) -> anyhow::Result<()> {
         match event {
-            Event::Started(id) => {
-                if let Lookup::Running(description) = self.engine.inspect(&id).await? {
-                    self.admit(description);
-                }
-            }
-            Event::Stopped(id) => self.dismiss(&id),
+            // Also of a stop: it may run again by now, and be known already.
+            Event::Started(id) | Event::Stopped(id) => match self.engine.inspect(&id).await? {
+                Lookup::Running(description) => self.admit(description),
+                Lookup::Starting | Lookup::Unknown => self.dismiss(&id),
+            },
         }
         Ok(())
     }

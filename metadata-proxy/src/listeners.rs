@@ -82,7 +82,7 @@ impl Listeners {
     }
 
     /// Opens the listener of this process's network namespace unless it is there; its cookie.
-    pub(crate) async fn ensure(self: &Arc<Self>, pid: u32) -> anyhow::Result<u64> {
+    async fn ensure(self: &Arc<Self>, pid: u32) -> anyhow::Result<u64> {
         for _ in 0..CLOSING.0 {
             match self.worker.open(pid).await? {
                 Opened::New { listener, netns, port } => {
@@ -160,10 +160,16 @@ impl Listeners {
         }
     }
 
-    /// Keeps the listener of this namespace open for a running container.
-    pub(crate) fn hold(&self, netns: u64) {
-        if let Some(open) = self.lock().get_mut(&netns) {
-            open.holds += 1;
+    /// Opens the listener of this process's namespace and keeps it open for a running container, until
+    /// [`Self::release`]; its cookie.
+    pub(crate) async fn hold(self: &Arc<Self>, pid: u32) -> anyhow::Result<u64> {
+        loop {
+            let netns = self.ensure(pid).await?;
+            // Another container's end may have closed it in between.
+            if let Some(open) = self.lock().get_mut(&netns) {
+                open.holds += 1;
+                return Ok(netns);
+            }
         }
     }
 

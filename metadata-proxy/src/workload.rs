@@ -85,9 +85,8 @@ impl Workloads {
 
 /// Opens the listener of the container's namespace before it is asked for, and lets it go at the end.
 async fn hold_listener(listeners: Arc<Listeners>, pid: u32, end: CancellationToken) {
-    match listeners.ensure(pid).await {
+    match listeners.hold(pid).await {
         Ok(netns) => {
-            listeners.hold(netns);
             end.cancelled().await;
             listeners.release(netns);
         }
