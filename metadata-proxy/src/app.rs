@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
+    admin::{Admin, client},
     check,
     config::Config,
     containers::{Registry, cgroup, docker::Engine},
@@ -25,6 +26,7 @@ use crate::{
     imds::Imds,
     interceptor::{self, Interceptor, preflight},
     listeners::{Listeners, netns},
+    metrics::{self, Metrics},
     server::Server,
     token_key,
     upstream::Upstream,
@@ -49,6 +51,14 @@ pub(crate) fn check(config: &Config) -> anyhow::Result<()> {
         bail!("this host lacks something that is needed");
     }
     Ok(())
+}
+
+pub(crate) fn ps(socket: &Path, json: bool) -> anyhow::Result<()> {
+    runtime()?.block_on(client::ps(socket, json))
+}
+
+pub(crate) fn explain(socket: &Path, container: &str) -> anyhow::Result<()> {
+    runtime()?.block_on(client::explain(socket, container))
 }
 
 fn runtime() -> anyhow::Result<Runtime> {
@@ -106,6 +116,17 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     };
     let registry = Arc::new(Registry::new(engine, cgroup2, move |container| workloads.admit(container)));
     let (endpoint, policy) = config.upstream.map(|upstream| (upstream.endpoint, upstream.policy)).unzip();
+    let metrics = Metrics::default();
+    let parts = metrics::Parts {
+        interceptor: Arc::clone(&interceptor),
+        listeners: Arc::clone(&listeners),
+        containers: Arc::clone(&registry),
+    };
+    let admin = Arc::new(Admin {
+        containers: Arc::clone(&registry),
+        credentials: Arc::clone(&credentials),
+        metrics: metrics.registry(parts),
+    });
     let server = Arc::new(Server {
         registry: Arc::clone(&registry),
         imds: Imds::new(token_key::of_this_boot()?, policy, Timestamp::now()),
@@ -114,6 +135,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         upstream: endpoint.map(Upstream::new),
         require_imdsv2: config.require_imdsv2,
         connections: Arc::default(),
+        metrics,
     });
     let stop = CancellationToken::new();
     let server = tokio::spawn(server.run(connections, stop.clone()));
@@ -122,6 +144,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut wanted = tokio::spawn(Arc::clone(&listeners).serve_wanted(wanted));
     registry.resync().await.context("cannot ask the engine for its containers")?;
     tokio::spawn(uplinks.follow());
+    tokio::spawn(Arc::clone(&admin).serve_unix(Admin::bind(&config.admin_socket)?));
+    if let Some(address) = config.metrics_address {
+        tokio::spawn(admin.serve_metrics(address));
+    }
     let sweeper = tokio::spawn(sweep(Arc::clone(&listeners)));
     let follower = tokio::spawn(async move { registry.follow().await });
     info!(cgroup = %cgroup.display(), "ready: intercepting the containers of {}", config.docker_host);

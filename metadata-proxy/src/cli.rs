@@ -29,6 +29,21 @@ pub(crate) enum Command {
     Run(Run),
     /// Say whether this host has what `run` with the same flags needs, and what to do where not.
     Check(Run),
+    /// List the containers that the running daemon knows: role, credentials, requests.
+    Ps {
+        #[command(flatten)]
+        socket: AdminSocket,
+        /// Everything that is known, as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say how a container came to its role, and how its credentials stand.
+    Explain {
+        #[command(flatten)]
+        socket: AdminSocket,
+        /// Name, or the beginning of the id
+        container: String,
+    },
     /// Remove all BPF programs, links and maps that `run` has left.
     ///
     /// From then on containers reach the real service. Does nothing where nothing is left.
@@ -88,6 +103,13 @@ pub(crate) struct Run {
     #[command(flatten)]
     pub(crate) bpffs: Bpffs,
 
+    #[command(flatten)]
+    pub(crate) admin_socket: AdminSocket,
+
+    /// Serve Prometheus metrics at http://ADDRESS/metrics [default: nowhere but the admin socket]
+    #[arg(long, env = "METADATA_PROXY_METRICS_ADDRESS", value_name = "ADDRESS")]
+    pub(crate) metrics_address: Option<String>,
+
     /// Form of the log on standard error [default: text]
     #[arg(long, env = "METADATA_PROXY_LOG_FORMAT", value_enum)]
     pub(crate) log_format: Option<LogFormat>,
@@ -103,6 +125,20 @@ pub(crate) struct Bpffs {
     /// Mounted bpffs to pin programs and maps in [default: /sys/fs/bpf]
     #[arg(long = "bpffs", env = "METADATA_PROXY_BPFFS", value_parser = path(), value_name = "PATH")]
     pub(crate) path: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AdminSocket {
+    /// Unix socket by which root asks the running daemon [default: /run/metadata-proxy/admin.sock]
+    #[arg(long = "admin-socket", env = "METADATA_PROXY_ADMIN_SOCKET", value_parser = path(), value_name = "PATH")]
+    given: Option<PathBuf>,
+}
+
+impl AdminSocket {
+    pub(crate) fn path(&self) -> PathBuf {
+        let given = self.given.as_ref().filter(|path| !path.as_os_str().is_empty());
+        given.cloned().unwrap_or_else(|| "/run/metadata-proxy/admin.sock".into())
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Deserialize)]

@@ -1,6 +1,6 @@
 //! Flags, environment and file, resolved into one validated configuration.
 
-use std::{collections::HashSet, fs, path::PathBuf};
+use std::{collections::HashSet, fs, net::SocketAddr, path::PathBuf};
 
 use hyper::Uri;
 use serde::Deserialize;
@@ -29,6 +29,8 @@ pub(crate) struct Config {
     pub(crate) require_imdsv2: bool,
     pub(crate) exempt_cgroups: Vec<PathBuf>,
     pub(crate) exempt_containers: HashSet<String>,
+    pub(crate) admin_socket: PathBuf,
+    pub(crate) metrics_address: Option<SocketAddr>,
     pub(crate) log_format: LogFormat,
     pub(crate) log: String,
 }
@@ -52,6 +54,7 @@ struct File {
     require_imdsv2: bool,
     log_format: Option<LogFormat>,
     log: Option<String>,
+    metrics_address: Option<String>,
     upstream: UpstreamTable,
     exempt: ExemptTable,
 }
@@ -129,6 +132,11 @@ impl Config {
         let log = log.unwrap_or_else(|| "info".to_owned());
         tracing_subscriber::EnvFilter::try_new(&log)
             .map_err(|error| BadConfig(format!("{log_origin} {log:?}: {error}")))?;
+        let (metrics_address, origin) = either("metrics-address", run.metrics_address, file.metrics_address);
+        let metrics_address = metrics_address
+            .map(|address| address.parse::<SocketAddr>().map_err(|error| (address, error)))
+            .transpose()
+            .map_err(|(address, error)| BadConfig(format!("{origin} {address:?}: {error}; expected IP:PORT")))?;
         Ok(Self {
             docker_host,
             cgroup: given_path(run.cgroup).or(file.cgroup),
@@ -138,6 +146,8 @@ impl Config {
             imds_endpoint: endpoint,
             require_imdsv2: run.require_imdsv2 || file.require_imdsv2,
             exempt_cgroups: if run.exempt_cgroup.is_empty() { file.exempt.cgroups } else { run.exempt_cgroup },
+            admin_socket: run.admin_socket.path(),
+            metrics_address,
             exempt_containers: file.exempt.containers,
             log_format: run.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
             log,

@@ -87,6 +87,10 @@ impl<W: Send + Sync + 'static> Registry<W> {
         self.look_closer(flow).await.map_err(EngineError)
     }
 
+    pub(crate) fn all(&self) -> Vec<Arc<W>> {
+        self.read().values().map(|entry| Arc::clone(&entry.workload)).collect()
+    }
+
     /// The deepest known container on the way from the task's cgroup up: nested cgroups are their
     /// container's.
     fn find(&self, flow: &Flow) -> Option<Arc<W>> {

@@ -29,7 +29,7 @@ use jiff::Timestamp;
 use secrecy::SecretString;
 
 pub(crate) use failure::Failure;
-pub(crate) use store::{Hold, Settings, Store};
+pub(crate) use store::{Hold, SessionState, Settings, Store};
 pub(crate) use sts::Aws;
 
 /// What STS grants when nobody asks for anything else.

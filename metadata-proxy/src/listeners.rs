@@ -187,6 +187,10 @@ impl Listeners {
         }
     }
 
+    pub(crate) fn count(&self) -> usize {
+        self.lock().len()
+    }
+
     /// Closes the listeners that no container holds and nobody has used for this long: namespaces
     /// of processes that no engine told us about.
     pub(crate) fn close_idle(&self, idle: Duration) {

@@ -1,5 +1,6 @@
 //! metadata-proxy: gives every Docker container on a host its own IAM role.
 
+mod admin;
 mod app;
 mod check;
 mod cli;
@@ -10,6 +11,7 @@ mod identity;
 mod imds;
 mod interceptor;
 mod listeners;
+mod metrics;
 mod server;
 mod token_key;
 mod upstream;
@@ -45,6 +47,8 @@ fn main() -> ExitCode {
             Ok(config) => app::check(&config),
             Err(error) => return refuse(&error.to_string()),
         },
+        Command::Ps { socket, json } => app::ps(&socket.path(), json),
+        Command::Explain { socket, container } => app::explain(&socket.path(), &container),
         Command::Detach { bpffs } => app::detach(&bpffs.path.unwrap_or_else(|| config::BPFFS.into())),
     };
     match result {

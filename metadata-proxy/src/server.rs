@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderValue, Request, StatusCode,
-    header::{CONNECTION, TRANSFER_ENCODING},
+    header::{CONNECTION, TRANSFER_ENCODING, USER_AGENT},
     request::Parts,
 };
 use http_body_util::Full;
@@ -38,6 +38,7 @@ use crate::{
         response,
     },
     listeners::Connection,
+    metrics::Metrics,
     upstream::Upstream,
     workload::{Role, Workload},
 };
@@ -62,6 +63,7 @@ pub(crate) struct Server {
     pub(crate) upstream: Option<Upstream>,
     pub(crate) require_imdsv2: bool,
     pub(crate) connections: Arc<ConnectionCount>,
+    pub(crate) metrics: Metrics,
 }
 
 /// Connections by cgroup.
@@ -83,6 +85,7 @@ impl Server {
                 () = stop.cancelled() => break,
             };
             let Some(permit) = self.connections.enter(flow.cgroup) else {
+                self.metrics.refused_connection();
                 debug!(cgroup = flow.cgroup, "closed a connection over the limit of {CONNECTIONS_PER_CGROUP}");
                 continue;
             };
@@ -117,11 +120,12 @@ impl Server {
         let (head, _body) = request.into_parts();
         let now = Timestamp::now();
         let known = caller.get_or_try_init(|| self.registry.resolve(flow)).await;
-        let mut answer = match known {
-            Ok(Some(workload)) => self.answer_container(&head, workload, now).await,
-            Ok(None) => self.answer_stranger(&head, flow, now),
-            Err(error) => unknown_for_now(flow, error, now),
+        let (caller, mut answer) = match known {
+            Ok(Some(workload)) => ("container", self.answer_container(&head, workload, now).await),
+            Ok(None) => ("stranger", self.answer_stranger(&head, flow, now)),
+            Err(error) => ("unresolved", unknown_for_now(flow, error, now)),
         };
+        self.metrics.answered(caller, answer.status());
         if in_doubt(&head, answer.status()) {
             answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -129,6 +133,7 @@ impl Server {
     }
 
     async fn answer_container(&self, head: &Parts, workload: &Workload, now: Timestamp) -> Response {
+        workload.activity.saw(head.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()));
         let caller = Caller {
             id: &workload.container.id,
             role: workload.role.as_ref().map(|role| role.arn.name()),

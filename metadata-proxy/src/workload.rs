@@ -1,6 +1,9 @@
 //! A running container and everything the daemon does for it. All of it ends when this is dropped.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
@@ -27,6 +30,9 @@ pub(crate) struct Workload {
     pub(crate) container: Container,
     /// None: the container has no role, or one that cannot be.
     pub(crate) role: Option<Role>,
+    /// How that was decided.
+    pub(crate) reasons: Vec<String>,
+    pub(crate) activity: Activity,
     _listener: DropGuard,
 }
 
@@ -49,29 +55,31 @@ impl Workloads {
         if let Err(error) = marked {
             warn!(container = container.name, "cannot tell the kernel whose cgroup {} is: {error}", container.cgroup);
         }
-        let role = if exempt { None } else { self.role(&container) };
+        let (role, reasons) = if exempt {
+            (None, vec!["the configuration exempts it: it keeps the real metadata service".to_owned()])
+        } else {
+            self.role(&container)
+        };
         let listener = CancellationToken::new();
         tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
-        Workload { container, role, _listener: listener.drop_guard() }
+        Workload { container, role, reasons, activity: Activity::default(), _listener: listener.drop_guard() }
     }
 
-    fn role(&self, container: &Container) -> Option<Role> {
+    fn role(&self, container: &Container) -> (Option<Role>, Vec<String>) {
         let name = &container.name;
         let chosen = identity::choose_role(&container.labels, &container.env, self.default_role.as_ref());
-        let arn = match chosen {
-            Some((source, Ok(arn))) => {
-                info!(container = name, role = %arn, "role from {source}");
-                arn
-            }
+        let (arn, reason) = match chosen {
+            Some((source, Ok(arn))) => (arn, format!("its role comes from {source}")),
             Some((source, Err(error))) => {
                 warn!(container = name, "no role, because its {source} is wrong: {error}");
-                return None;
+                return (None, vec![format!("no role, because its {source} is wrong: {error}")]);
             }
             None => {
                 info!(container = name, "no role");
-                return None;
+                return (None, vec!["neither a label nor the environment nor the daemon names a role".to_owned()]);
             }
         };
+        info!(container = name, role = %arn, "{reason}");
         let session = RoleSession {
             role_arn: arn.as_str().to_owned(),
             session_name: identity::session_name(name, &container.id),
@@ -79,7 +87,29 @@ impl Workloads {
             duration: DEFAULT_DURATION,
         };
         let hold = self.credentials.hold(session.clone());
-        Some(Role { arn, session, _hold: hold })
+        (Some(Role { arn, session, _hold: hold }), vec![reason])
+    }
+}
+
+/// What a container has asked, for those who look.
+#[derive(Default)]
+pub(crate) struct Activity(Mutex<(u64, Option<String>)>);
+
+impl Activity {
+    /// Of what a client says of itself, so much is remembered.
+    const AGENT_LIMIT: usize = 80;
+
+    pub(crate) fn saw(&self, agent: Option<&str>) {
+        let mut activity = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        activity.0 += 1;
+        if let Some(agent) = agent {
+            let printable = agent.chars().filter(char::is_ascii_graphic).take(Self::AGENT_LIMIT);
+            activity.1 = Some(printable.collect());
+        }
+    }
+
+    pub(crate) fn seen(&self) -> (u64, Option<String>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

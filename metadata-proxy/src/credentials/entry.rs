@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Credentials, Failure, RoleSession};
+use super::{Credentials, Failure, RoleSession, store::SessionState};
 
 /// What the keeper of an entry is doing.
 #[derive(Clone, Debug)]
@@ -96,6 +96,13 @@ impl Entry {
             state.wake_unless(fresh)
         });
         glance
+    }
+
+    pub(super) fn show(&self, wall: Timestamp) -> SessionState {
+        let state = self.state.borrow();
+        let cached = state.cached.as_ref().filter(|cached| cached.valid(wall));
+        let failure = if let Phase::Failed(failure) = &state.phase { Some(failure.clone()) } else { None };
+        SessionState { expiration: cached.map(|cached| cached.credentials.expiration), failure }
     }
 
     /// Fetch ahead for somebody who will ask later.

@@ -100,6 +100,23 @@ impl Store {
     }
 }
 
+/// What there is to say of a role session.
+#[derive(Debug, Default)]
+pub(crate) struct SessionState {
+    /// Of the credentials that are served now.
+    pub(crate) expiration: Option<Timestamp>,
+    /// Of the last attempt to get or renew them.
+    pub(crate) failure: Option<Failure>,
+}
+
+impl Store {
+    /// Looks, and causes nothing.
+    pub(crate) fn state(&self, key: &RoleSession) -> SessionState {
+        let entry = self.shared.slots().get(key).map(|slot| Arc::clone(&slot.entry));
+        entry.map_or_else(SessionState::default, |entry| entry.show(self.shared.now()))
+    }
+}
+
 impl Drop for Store {
     fn drop(&mut self) {
         self.shared.stop.cancel();
