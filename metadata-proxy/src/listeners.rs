@@ -45,6 +45,9 @@ struct Open {
     last_used: Instant,
 }
 
+/// Listeners that the kernel asked for and no container holds. Whoever can make namespaces could ask
+/// for any number; containers do not depend on these, for theirs are opened when they start.
+const STRANGERS: usize = 1024;
 /// How long to wait for a listener that is just being closed.
 const CLOSING: (u32, Duration) = (50, Duration::from_millis(5));
 
@@ -70,6 +73,10 @@ impl Listeners {
             let (netns, pid) = wanted.next().await?;
             if self.publish(netns) {
                 continue; // opened since; the connection's next SYN gets through
+            }
+            if self.unheld() >= STRANGERS {
+                debug!("no listener in network namespace {netns}: too many that belong to no container");
+                continue;
             }
             let listeners = Arc::clone(&self);
             self.tasks.spawn(async move {
@@ -185,6 +192,10 @@ impl Listeners {
         if unused {
             self.close(netns);
         }
+    }
+
+    fn unheld(&self) -> usize {
+        self.lock().values().filter(|open| open.holds == 0).count()
     }
 
     pub(crate) fn count(&self) -> usize {

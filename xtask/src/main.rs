@@ -35,6 +35,8 @@ enum Task {
     Demo,
     /// Restart, kill and upgrade the daemon under load, and print what failed
     Handover,
+    /// Measure what the interception costs, as ratios within one run
+    Bench,
     /// Run all tests: unit, privileged, end to end
     Test {
         /// Only the tests whose name contains this
@@ -52,6 +54,7 @@ fn main() -> anyhow::Result<()> {
         Task::Run { args } => run(Command::new(build::daemon(false)?).args(args)),
         Task::Demo => test::show("demo"),
         Task::Handover => test::show("handover"),
+        Task::Bench => test::bench(),
         Task::Test { filter } => test::all(filter.as_deref()),
         Task::Lint => test::lint(),
     }

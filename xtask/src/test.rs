@@ -16,6 +16,14 @@ pub(crate) fn show(program: &str) -> anyhow::Result<()> {
     run(Command::new(build::binary("debug", program)?).env("METADATA_PROXY_BIN", daemon))
 }
 
+/// As `show`, but optimised: only then do the figures mean something.
+pub(crate) fn bench() -> anyhow::Result<()> {
+    install::docker_engine()?;
+    let daemon = build::daemon(true)?;
+    run(cargo().args(["build", "--quiet", "--release", "--package", TESTS, "--bin", "bench"]))?;
+    run(Command::new(build::binary("release", "bench")?).env("METADATA_PROXY_BIN", daemon))
+}
+
 pub(crate) fn all(filter: Option<&str>) -> anyhow::Result<()> {
     install::docker_engine()?;
     let (python, js) = (install::python_clients()?, install::js_clients()?);

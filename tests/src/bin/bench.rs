@@ -1,0 +1,139 @@
+//! `cargo xtask bench`: what the interception costs, as ratios within one run: a request to the daemon
+//! against one to a bare hyper server; a connect and a packet to anywhere else with our programs
+//! attached and without.
+//!
+//! Started as `bench client TARGET COUNT` it is the client that measures.
+#![expect(clippy::print_stdout, reason = "what it shows is its standard output")]
+
+use std::{
+    convert::Infallible,
+    env,
+    io::{Read as _, Write as _},
+    net::{TcpStream, UdpSocket},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use metadata_proxy_tests::{
+    host::{ContainerSpec, Network},
+    stage::{Stage, daemon_options, role_arn},
+};
+
+const BARE: &str = "127.0.0.1:9000";
+const IMDS: &str = "169.254.169.254:80";
+const LIST: &str = "/latest/meta-data/iam/security-credentials/";
+const REQUESTS: usize = 4000;
+const CONNECTS: usize = 200_000;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["client", "udp", count] => udp_connects(count.parse()?),
+        ["client", target, count] => requests(target, count.parse()?),
+        [] => tokio::runtime::Runtime::new()?.block_on(compare()),
+        _ => anyhow::bail!("usage: bench [client TARGET COUNT]"),
+    }
+}
+
+async fn compare() -> Result<()> {
+    // Not at debug, where it logs each request; but it has to say that it is ready.
+    let quiet = daemon_options().env("METADATA_PROXY_LOG", "warn,metadata_proxy::app=info");
+    let stage = Stage::start_with(quiet).await?;
+    let listener = tokio::net::TcpListener::from_std(stage.bind_tcp(BARE)?)?;
+    tokio::spawn(bare_server(listener));
+
+    println!("a request on a connection of its own, from a host-network container, p50 and p99 in microseconds");
+    let bare = in_container(&stage, "bare", BARE, REQUESTS).await?;
+    let ours = in_container(&stage, "ours", IMDS, REQUESTS).await?;
+    println!("  bare hyper server    {:>8.1} {:>8.1}", bare[0], bare[1]);
+    println!(
+        "  metadata-proxy       {:>8.1} {:>8.1}   ratio {:.2} {:.2}",
+        ours[0],
+        ours[1],
+        ours[0] / bare[0],
+        ours[1] / bare[1]
+    );
+
+    println!(
+        "connect(2) of a UDP socket to elsewhere, and a TCP connection with a request to elsewhere, as a host process"
+    );
+    let with = (as_host(&stage, "udp", CONNECTS)?, as_host(&stage, BARE, REQUESTS)?);
+    let Stage { mut daemon, sts: _sts, imds: _imds, host } = stage;
+    daemon.terminate(Duration::from_secs(10)).await?;
+    let program = env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN is not set; use `cargo xtask bench`")?;
+    ensure!(host.command(program).arg("detach").output()?.status.success(), "detach");
+    let run = |target: &str, count: usize| {
+        measure(host.command(env::current_exe()?).args(["client", target, &count.to_string()]))
+    };
+    let without = (run("udp", CONNECTS)?, run(BARE, REQUESTS)?);
+    for (name, with, without) in [("UDP connect", &with.0, &without.0), ("TCP request", &with.1, &without.1)] {
+        println!("  {name}: attached {:.3}, detached {:.3}, ratio {:.3}", with[0], without[0], with[0] / without[0]);
+    }
+    Ok(())
+}
+
+async fn bare_server(listener: tokio::net::TcpListener) {
+    while let Ok((stream, _)) = listener.accept().await {
+        let answer = |_| async { Ok::<_, Infallible>(http::Response::new(Full::new(Bytes::from_static(b"bench")))) };
+        tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)));
+    }
+}
+
+async fn in_container(stage: &Stage, name: &str, target: &str, count: usize) -> Result<Vec<f64>> {
+    let own = env::current_exe()?;
+    let own = own.to_str().context("a path that is no text")?;
+    let spec = ContainerSpec::on_host(name, [own, "client", target, &count.to_string()])
+        .network(Network::Host)
+        .bind(format!("{own}:{own}:ro"))
+        .label("metadata-proxy.role", &role_arn("bench"));
+    numbers(&stage.finish(&stage.run(spec).await?).await?)
+}
+
+fn as_host(stage: &Stage, target: &str, count: usize) -> Result<Vec<f64>> {
+    measure(stage.command(env::current_exe()?).args(["client", target, &count.to_string()]))
+}
+
+fn measure(command: &mut std::process::Command) -> Result<Vec<f64>> {
+    let output = command.output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    numbers(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn numbers(text: &str) -> Result<Vec<f64>> {
+    text.split_whitespace().map(|number| Ok(number.parse()?)).collect()
+}
+
+fn requests(target: &str, count: usize) -> Result<()> {
+    let mut times = Vec::with_capacity(count);
+    let request = format!("GET {LIST} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n");
+    // The first waits for the listener and for STS.
+    for number in 0..=count {
+        let begin = Instant::now();
+        let mut stream = TcpStream::connect(target).with_context(|| format!("connect to {target}"))?;
+        stream.write_all(request.as_bytes())?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        if number > 0 {
+            times.push(begin.elapsed());
+        }
+        ensure!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
+    }
+    times.sort();
+    let at = |part: usize| times.get(count * part / 100).map_or(0.0, |time| time.as_secs_f64() * 1e6);
+    println!("{} {}", at(50), at(99));
+    Ok(())
+}
+
+fn udp_connects(count: usize) -> Result<()> {
+    let socket = UdpSocket::bind("127.0.0.1:0")?;
+    let begin = Instant::now();
+    for _ in 0..count {
+        socket.connect("127.0.0.1:9")?;
+    }
+    println!("{}", begin.elapsed().as_secs_f64() * 1e6 / count as f64);
+    Ok(())
+}
