@@ -3,11 +3,7 @@
 //! A packet socket (AF_PACKET, which Docker's default capabilities allow) writes whole frames, past
 //! connect(2) and past the cgroup's egress hook. Here they have to come through.
 
-use aya_ebpf::{
-    bindings::__sk_buff,
-    helpers::generated::bpf_skb_pull_data,
-    programs::TcContext,
-};
+use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_pull_data, programs::TcContext};
 use metadata_proxy_common::{Counter, IMDS_V4, IMDS_V6};
 
 use crate::maps::{count, is_approved, load};
