@@ -43,7 +43,16 @@ impl TestHost {
     }
 
     pub async fn start_with(options: HostOptions) -> Result<Self> {
-        let machine = Arc::new(Machine::start()?);
+        Self::on(Machine::start()?, options).await
+    }
+
+    /// The virtual machine that runs us, see [`Machine::guest`].
+    pub async fn guest() -> Result<Self> {
+        Self::on(Machine::guest()?, HostOptions::default()).await
+    }
+
+    async fn on(machine: Machine, options: HostOptions) -> Result<Self> {
+        let machine = Arc::new(machine);
         let engine = Engine::start(Arc::clone(&machine), options.live_restore).await?;
         image::import_all(engine.docker()).await?;
         Ok(Self { engine, machine })

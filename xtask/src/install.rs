@@ -5,9 +5,12 @@
 //! that Debian's `busybox` makes way for `busybox-static`, its twin.
 
 mod apt;
+mod archive;
 mod bpf;
 mod clients;
 mod docker;
+mod kernel;
+mod qemu;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -19,6 +22,8 @@ use anyhow::{Context as _, bail};
 pub(crate) use self::bpf::{bpf_linker, bpf_toolchain};
 pub(crate) use self::clients::{js_clients, python_clients};
 pub(crate) use self::docker::docker_engine;
+pub(crate) use self::kernel::{Kernel, kernel};
+pub(crate) use self::qemu::{CERTIFICATES, QEMU, qemu};
 
 /// A C compiler, for the crates that bring C along (the TLS of the AWS SDK). Rust itself links with
 /// it, so it is missing only where another linker has been set up.
@@ -47,6 +52,21 @@ impl Cache {
         Ok(Self { root, _lock: lock })
     }
 
+    fn path(&self, name: &str, inputs: &[&[u8]]) -> PathBuf {
+        self.root.join(format!("{name}-{:016x}", fingerprint(inputs)))
+    }
+
+    /// Throws such a folder away, to have it made anew.
+    fn discard(&self, name: &str, inputs: &[&[u8]]) -> anyhow::Result<()> {
+        let folder = self.path(name, inputs);
+        match std::fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("remove {}", folder.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The folder for something that is made from `inputs`, and so is made again when they change.
     ///
     /// `make` fills it; a folder that was left half filled is thrown away.
@@ -56,7 +76,7 @@ impl Cache {
         inputs: &[&[u8]],
         make: impl FnOnce(&Path) -> anyhow::Result<()>,
     ) -> anyhow::Result<PathBuf> {
-        let folder = self.root.join(format!("{name}-{:016x}", fingerprint(inputs)));
+        let folder = self.path(name, inputs);
         let complete = folder.join(".complete");
         if complete.exists() {
             return Ok(folder);
@@ -83,14 +103,14 @@ fn announce(what: &str) {
 }
 
 /// Looks where root's programs are, too: `PATH` of a user's shell leaves those folders out.
-fn find(program: &str) -> Option<PathBuf> {
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from));
     folders.map(|folder| folder.join(program)).find(|candidate| candidate.is_file())
 }
 
 /// Runs a program that has nothing to say unless it fails.
-fn quietly(command: &mut Command) -> anyhow::Result<()> {
+pub(crate) fn quietly(command: &mut Command) -> anyhow::Result<()> {
     let line = describe(command);
     let output = command.output().with_context(|| format!("cannot run `{line}`"))?;
     if output.status.success() {
@@ -105,7 +125,7 @@ fn quietly(command: &mut Command) -> anyhow::Result<()> {
 }
 
 /// What a program prints, if there is such a program and it succeeds.
-fn ask(program: impl AsRef<OsStr>, arguments: &[&str]) -> Option<String> {
+pub(crate) fn ask(program: impl AsRef<OsStr>, arguments: &[&str]) -> Option<String> {
     let output = Command::new(program).args(arguments).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -3,6 +3,7 @@
 mod build;
 mod install;
 mod test;
+mod vm;
 
 use std::{
     env,
@@ -42,6 +43,8 @@ enum Task {
         /// Only the tests whose name contains this
         filter: Option<String>,
     },
+    /// Boot Debian's kernels in virtual machines, and run the daemon there at the true root cgroup
+    Vm(vm::Options),
     /// Check what CI checks before the tests: formatting and lints, warnings denied
     Lint,
 }
@@ -56,6 +59,7 @@ fn main() -> anyhow::Result<()> {
         Task::Handover => test::show("handover"),
         Task::Bench => test::bench(),
         Task::Test { filter } => test::all(filter.as_deref()),
+        Task::Vm(options) => vm::run_all(&options),
         Task::Lint => test::lint(),
     }
 }

@@ -50,7 +50,8 @@ impl Daemon {
     pub fn start(machine: &Machine, docker_host: &str, options: DaemonOptions) -> Result<Self> {
         let mut command = machine.command(program()?);
         command.arg("run");
-        if !options.sets("--cgroup") {
+        // In a guest it finds the root by itself, as in production.
+        if !machine.is_guest() && !options.sets("--cgroup") {
             command.arg("--cgroup").arg(machine.inner_cgroup());
         }
         if !options.sets("--docker-host") {

@@ -117,7 +117,7 @@ fn spawn(machine: &Machine, socket: &Path, live_restore: bool) -> Result<Process
         .arg(directory.join("dockerd.json"))
         .arg(format!("--host=unix://{}", socket.display()))
         .arg(format!("--containerd={CONTAINERD_SOCKET}"))
-        .arg(format!("--cgroup-parent=/{}/containers", machine.name()))
+        .arg(format!("--cgroup-parent={}", machine.containers()))
         .args([
             // In the tmpfs of the mount namespace: fast, and gone with it.
             "--data-root=/run/engine/data",

@@ -28,6 +28,9 @@ const PREFIX: &str = "metadata-proxy-test-";
 // Short, because the engine's socket lies there and a socket's path has at most 107 bytes.
 const DIRECTORIES: &str = "/tmp";
 
+/// In the command line of the kernel of a guest; xtask's `vm` says it, too.
+const GUEST: &str = "metadata-proxy-guest";
+
 /// Prepares the namespaces that it was started in, holds them, and kills the test's cgroup when the test process ends in whatever way.
 ///
 /// A plain parent-death signal would not do: it fires when the *thread* that started the child ends, as tokio's threads do at any time.
@@ -65,6 +68,8 @@ pub struct Machine {
     name: String,
     cgroup: PathBuf,
     directory: PathBuf,
+    // It is the whole of a virtual machine: there is nothing beside it to keep apart.
+    whole: bool,
     // Its standard input is the life line: the only other end of that pipe is here.
     holder: Option<Child>,
 }
@@ -84,13 +89,26 @@ impl Machine {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("{PREFIX}{}-{}", process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         // From here on dropping it cleans up, however far it has come.
-        let mut machine =
-            Self { cgroup: cgroup2.join(&name), directory: Path::new(DIRECTORIES).join(&name), name, holder: None };
+        let (cgroup, directory) = (cgroup2.join(&name), Path::new(DIRECTORIES).join(&name));
+        let mut machine = Self { name, cgroup, directory, whole: false, holder: None };
         cgroup::create(&machine.cgroup)?;
         fs::create_dir(&machine.directory)
             .with_context(|| format!("creating the directory {}", machine.directory.display()))?;
         machine.hold_namespaces(&cgroup2)?;
         Ok(machine)
+    }
+
+    /// The whole of the virtual machine that runs us: its own namespaces, and the root of its cgroup2 tree.
+    ///
+    /// `cargo xtask vm` prepares it as [`Self::start`] prepares the namespaces, and tells so in the kernel's command line: anywhere else this
+    /// would attach to a root cgroup that is somebody's.
+    pub fn guest() -> Result<Self> {
+        let command_line = fs::read_to_string("/proc/cmdline").context("reading /proc/cmdline")?;
+        ensure!(command_line.split_whitespace().any(|word| word == GUEST), "this is no guest of `cargo xtask vm`");
+        let name = format!("{PREFIX}guest");
+        let directory = Path::new(DIRECTORIES).join(&name);
+        fs::create_dir_all(&directory).with_context(|| format!("creating the directory {}", directory.display()))?;
+        Ok(Self { cgroup: cgroup::mount_point()?, directory, name, whole: true, holder: None })
     }
 
     fn hold_namespaces(&mut self, cgroup2: &Path) -> Result<()> {
@@ -138,6 +156,16 @@ impl Machine {
         &self.directory
     }
 
+    /// The cgroup below which the engine makes those of its containers: in a guest the engine's own default.
+    pub(super) fn containers(&self) -> String {
+        if self.whole { "/docker".to_owned() } else { format!("/{}/containers", self.name) }
+    }
+
+    /// See [`Self::guest`].
+    pub(super) fn is_guest(&self) -> bool {
+        self.whole
+    }
+
     /// The process that the namespaces belong to, for `nsenter --target`.
     pub fn holder(&self) -> u32 {
         self.holder.as_ref().map_or(0, Child::id)
@@ -146,6 +174,12 @@ impl Machine {
     /// A host process: in the host's namespaces and its `host` cgroup, with nothing but `PATH` in its environment, started in `/`.
     /// It is a child of the caller and keeps the process id that `spawn` tells; it ends with the host at the latest.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = if self.whole { Command::new(program) } else { self.entering(program.as_ref()) };
+        command.env_clear().env("PATH", PATH).stdin(Stdio::null());
+        command
+    }
+
+    fn entering(&self, program: &OsStr) -> Command {
         let mut command = Command::new("/bin/sh");
         command
             .arg("-c")
@@ -154,16 +188,16 @@ impl Machine {
             .arg(format!("--net=/proc/{}/ns/net", self.holder()))
             .arg(format!("--mount=/proc/{}/ns/mnt", self.holder()))
             .arg("--")
-            .arg(program)
-            .env_clear()
-            .env("PATH", PATH)
-            .stdin(Stdio::null());
+            .arg(program);
         command
     }
 
     /// Runs a closure in the host's network namespace, on a thread of its own: a runtime's worker would stay there.
     /// A socket made in it belongs to the namespace for good. The calling process's cgroup lies outside, so it is never intercepted.
     pub fn in_netns<T: Send>(&self, run: impl FnOnce() -> T + Send) -> Result<T> {
+        if self.whole {
+            return Ok(run());
+        }
         let path = format!("/proc/{}/ns/net", self.holder());
         let namespace = File::open(&path).with_context(|| format!("opening {path}"))?;
         let entered = thread::scope(|scope| {
@@ -191,6 +225,9 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        if self.whole {
+            return; // ends with the virtual machine
+        }
         let removed = cgroup::remove(&self.cgroup);
         if let Some(mut holder) = self.holder.take() {
             // By its handle, so it can hit no other; already ended is as good.

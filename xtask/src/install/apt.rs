@@ -46,6 +46,15 @@ pub(super) fn install(what: &str, packages: &[&str], removal: Removal) -> anyhow
     result.with_context(|| format!("{what} is missing and could not be installed; see why with: {by_hand}"))
 }
 
+/// Fetches the machine's package lists.
+pub(super) fn update() -> anyhow::Result<()> {
+    if !is_root() {
+        bail!("only root can fetch package lists; run: apt-get update");
+    }
+    UPDATED.store(true, Ordering::Relaxed);
+    apt(&["update"])
+}
+
 fn apt(arguments: &[&str]) -> anyhow::Result<()> {
     // Waits for another apt rather than fail beside it.
     let common = ["--quiet", "-o", "DPkg::Lock::Timeout=300"];

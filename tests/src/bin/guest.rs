@@ -1,0 +1,209 @@
+//! The tests inside a virtual machine of `cargo xtask vm`, which boots it with this program as all there is to do.
+//!
+//! Usage: `guest serves` where the daemon is to work, `guest refuses TEXT` where it must end and say TEXT. The machine is the host of a container
+//! engine, as in production: the daemon finds the root cgroup by itself. One line is printed for each test, fields apart by tabs:
+//! `GUEST`, `ok` or `FAILED`, the test, what was seen.
+#![expect(clippy::print_stdout, reason = "what it has to say goes to the machine's console")]
+
+use std::{
+    env,
+    process::{Command, ExitCode, Output, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use metadata_proxy_tests::{
+    clients::{Client, Programs},
+    host::{ContainerSpec, Daemon, Network, TestHost},
+    imds::{HOST_ROLE, Imds},
+    stage::{self, Stage, daemon_options, role_arn},
+};
+use tokio::time::timeout;
+
+/// For each test; an emulated processor is slow.
+const LIMIT: Duration = Duration::from_secs(120);
+const PINS: &str = "/sys/fs/bpf/metadata-proxy";
+const ROLES: &str = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match *words.as_slice() {
+        ["serves"] => serves().await,
+        ["refuses", text] => tell("refused with the reason", async { refuses(text) }).await.map(drop),
+        _ => Err(anyhow::anyhow!("usage: guest serves | guest refuses TEXT")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs one test and prints its line.
+async fn tell(name: &str, test: impl Future<Output = Result<String>>) -> Result<()> {
+    let result = timeout(LIMIT, test).await.unwrap_or_else(|_| Err(anyhow::anyhow!("not done after {LIMIT:?}")));
+    let (word, seen) = match &result {
+        Ok(seen) => ("ok", seen.clone()),
+        Err(error) => ("FAILED", format!("{error:#}").replace(['\n', '\t'], " ")),
+    };
+    println!("GUEST\t{word}\t{name}\t{seen}");
+    result.map(drop)
+}
+
+fn daemon() -> Result<String> {
+    env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN does not name the daemon")
+}
+
+fn refuses(text: &str) -> Result<String> {
+    let output = Command::new(daemon()?).arg("run").stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let reason = said.lines().last().unwrap_or_default();
+    ensure!(output.status.code() == Some(1), "{}: {said}", output.status);
+    ensure!(reason.contains(text), "no {text:?} in: {said}");
+    Ok(reason.to_owned())
+}
+
+async fn serves() -> Result<()> {
+    let host = TestHost::guest().await.context("starting the container engine")?;
+    let imds = stage::start_imds(&host)?;
+    let sts = stage::start_sts(&host)?;
+    // Without this, all that follows would prove nothing.
+    tell("without the daemon: the real service", leaks(&host, &imds, "before")).await?;
+
+    let mut daemon = host.daemon(daemon_options())?;
+    let ready = tell("attaches to the true root", attaches(&mut daemon)).await;
+    if ready.is_err() {
+        println!("{}", daemon.log()?);
+        return ready;
+    }
+    let mut stage = Stage { daemon, sts, imds, host };
+    let done = tests(&mut stage).await;
+    if done.is_err() {
+        println!("the daemon's log:\n{}", stage.daemon.log()?);
+    }
+    done
+}
+
+/// All of them, whatever becomes of one; an error if any failed.
+async fn tests(stage: &mut Stage) -> Result<()> {
+    let pod = stage.run(ContainerSpec::busybox("pod", ["sleep", "3600"])).await?;
+    let shared = Network::Container(pod.name().to_owned());
+    let places = [("bridge", Network::Default), ("none", Network::None), ("host", Network::Host), ("shared", shared)];
+    let mut results = Vec::new();
+    for (place, network) in places {
+        let name = format!("{place} network: its own role");
+        results.push(tell(&name, own_role(stage, place, network)).await);
+    }
+    results.push(tell("a host process: the real service", async { host_process(stage) }).await);
+    results.push(tell("ping: dropped by the guard", ping(stage)).await);
+    results.push(tell("daemon killed: nothing gets through", killed(stage)).await);
+    results.push(tell("daemon back: its own role", back(stage)).await);
+    results.push(tell("detach: as if it had never been", detach(stage)).await);
+    results.into_iter().collect()
+}
+
+/// A container gets at the real service, and its pings do.
+async fn leaks(host: &TestHost, imds: &Imds, name: &str) -> Result<String> {
+    let asked = host.run(ContainerSpec::busybox(name, ["wget", "-qO-", ROLES])).await?;
+    let role = asked.wait().await?.success()?;
+    ensure!(role.trim() == HOST_ROLE, "{role:?}");
+    ensure!(!imds.credential_requests().is_empty(), "the stand-in has seen nothing");
+    imds.clear();
+    let pinged = asked_to_ping(host, &format!("{name}-ping")).await?;
+    ensure!(pinged == 0, "ping ended with {pinged}");
+    Ok(role.trim().to_owned())
+}
+
+async fn attaches(daemon: &mut Daemon) -> Result<String> {
+    daemon.wait_ready(LIMIT / 2).await?;
+    // The root cgroup is the one whose id is 1.
+    let links = glob_links()?;
+    ensure!(links == ["links-1"], "{PINS} has {links:?}");
+    Ok("cgroup id 1".to_owned())
+}
+
+fn glob_links() -> Result<Vec<String>> {
+    let mut links = Vec::new();
+    for version in std::fs::read_dir(PINS).context(PINS)? {
+        for entry in std::fs::read_dir(version?.path())? {
+            links.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+    }
+    links.retain(|name| name.starts_with("links-"));
+    Ok(links)
+}
+
+async fn own_role(stage: &Stage, name: &str, network: Network) -> Result<String> {
+    let programs = Programs { python: "/".into(), js: "/".into(), aws_config: stage::aws_config_client()? };
+    let spec = stage::client_spec(name, Client::AwsConfig, &programs, 2, None).network(network);
+    let report = stage::report(stage, spec.label("metadata-proxy.role", &role_arn(name))).await?;
+    if let Some(error) = report.errors().next() {
+        bail!("{error}");
+    }
+    let roles: Vec<_> = report.access_keys().map(|key| stage.role_of(key)).collect();
+    ensure!(roles.len() == 2 && roles.iter().all(|role| role.as_deref() == Some(name)), "roles {roles:?}");
+    stage.assert_no_leak()?;
+    let times: Vec<_> = report.attempts.iter().map(|attempt| format!("{:.0} ms", attempt.ms)).collect();
+    Ok(format!("role {name}: {}", times.join(", ")))
+}
+
+fn host_process(stage: &Stage) -> Result<String> {
+    let role = text(stage.command("busybox").args(["timeout", "20", "wget", "-qO-", ROLES]).output()?)?;
+    ensure!(role == HOST_ROLE, "{role:?}");
+    stage.imds.clear();
+    Ok(role)
+}
+
+/// The exit status of a ping to the service from a container.
+async fn asked_to_ping(host: &TestHost, name: &str) -> Result<i64> {
+    let spec = ContainerSpec::busybox(name, ["ping", "-c", "1", "-W", "3", "169.254.169.254"]);
+    Ok(host.run(spec).await?.wait().await?.exit_code)
+}
+
+async fn ping(stage: &Stage) -> Result<String> {
+    let status = asked_to_ping(stage, "ping").await?;
+    ensure!(status == 1, "ping ended with {status}");
+    Ok("no answer".to_owned())
+}
+
+/// SIGKILL: the containers that run and those that come get errors.
+async fn killed(stage: &mut Stage) -> Result<String> {
+    stage.daemon.kill().await?;
+    let mut seen = Vec::new();
+    for (name, network) in [("orphan", Network::Default), ("orphan-on-host", Network::Host)] {
+        let spec = ContainerSpec::busybox(name, ["timeout", "30", "wget", "-qO-", ROLES]).network(network);
+        let finished = stage.run(spec).await?.wait().await?;
+        ensure!(finished.exit_code != 0 && finished.stdout.is_empty(), "{name} got {finished:?}");
+        seen.push(finished.stderr.trim().to_owned());
+    }
+    let requests = stage.imds.requests();
+    ensure!(requests.is_empty(), "the stand-in was asked: {requests:?}");
+    Ok(seen.join("; "))
+}
+
+async fn back(stage: &mut Stage) -> Result<String> {
+    stage.daemon = stage.host.daemon(daemon_options())?;
+    stage.daemon.wait_ready(LIMIT / 2).await?;
+    own_role(stage, "again", Network::Default).await
+}
+
+async fn detach(stage: &mut Stage) -> Result<String> {
+    let status = stage.daemon.terminate(Duration::from_secs(30)).await?;
+    ensure!(status.success(), "after SIGTERM the daemon ended with {status}");
+    let output = stage.command(daemon()?).arg("detach").output()?;
+    let removed = String::from_utf8_lossy(&output.stderr).lines().count();
+    text(output)?;
+    ensure!(!std::path::Path::new(PINS).exists(), "{PINS} is still there");
+    leaks(&stage.host, &stage.imds, "after").await?;
+    Ok(format!("{removed} pins removed"))
+}
+
+fn text(output: Output) -> Result<String> {
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {said}", output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
