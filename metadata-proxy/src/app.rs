@@ -24,7 +24,7 @@ use crate::{
     containers::{Registry, cgroup, docker::Engine},
     credentials::{self, Aws, Store},
     imds::Imds,
-    interceptor::{self, Interceptor, preflight},
+    interceptor::{self, Interceptor, features, preflight},
     listeners::{Listeners, netns},
     metrics::{self, Metrics},
     server::Server,
@@ -83,6 +83,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
 
     preflight::capabilities()?;
+    features::require()?;
     raise_file_limit();
     let cgroup = preflight::cgroup(config.cgroup.as_deref())?;
     let cgroup2 = preflight::cgroup2_mount()?;

@@ -11,7 +11,7 @@ use crate::{
     config::Config,
     containers::{cgroup, docker::Engine},
     credentials::Aws,
-    interceptor::{self, preflight},
+    interceptor::{self, features, preflight},
     listeners::netns,
     upstream::Upstream,
 };
@@ -58,6 +58,7 @@ fn kernel() -> anyhow::Result<String> {
             "no /sys/kernel/btf/vmlinux: the kernel was built without CONFIG_DEBUG_INFO_BTF; use the distribution's own"
         );
     }
+    features::require()?;
     let name = rustix::system::uname();
     Ok(format!("{} {}", name.sysname().to_string_lossy(), name.release().to_string_lossy()))
 }

@@ -3,6 +3,7 @@
 //! Programs, links and maps are pinned: when the daemon is gone, however it went, the containers'
 //! connections to IMDS go on being intercepted and fail, and none reaches the real service.
 
+pub(crate) mod features;
 mod link;
 mod maps;
 mod object;
