@@ -98,6 +98,7 @@ async fn tests(stage: &mut Stage) -> Result<()> {
         let name = format!("{place} network: its own role");
         results.push(tell(&name, own_role(stage, place, network)).await);
     }
+    results.push(tell("the uplink: guarded", uplink(stage)).await);
     results.push(tell("a host process: the real service", async { host_process(stage) }).await);
     results.push(tell("ping: dropped by the guard", ping(stage)).await);
     results.push(tell("daemon killed: nothing gets through", killed(stage)).await);
@@ -151,6 +152,19 @@ async fn own_role(stage: &Stage, name: &str, network: Network) -> Result<String>
     Ok(format!("role {name}: {}", times.join(", ")))
 }
 
+/// Past connect(2) go the frames of packet sockets; by tcx or clsact they are stopped where they would leave.
+async fn uplink(stage: &mut Stage) -> Result<String> {
+    stage.daemon.wait_for("guarding the uplink", LIMIT / 2, |log| log.contains("guarding uplink up0")).await?;
+    let warned = stage
+        .daemon
+        .log()?
+        .lines()
+        .find(|line| line.contains("packet sockets can") && line.contains("up0"))
+        .map(str::to_owned);
+    ensure!(warned.is_none(), "{warned:?}");
+    Ok("guarding up0".to_owned())
+}
+
 fn host_process(stage: &Stage) -> Result<String> {
     let role = text(stage.command("busybox").args(["timeout", "20", "wget", "-qO-", ROLES]).output()?)?;
     ensure!(role == HOST_ROLE, "{role:?}");
@@ -175,7 +189,9 @@ async fn killed(stage: &mut Stage) -> Result<String> {
     stage.daemon.kill().await?;
     let mut seen = Vec::new();
     for (name, network) in [("orphan", Network::Default), ("orphan-on-host", Network::Host)] {
-        let spec = ContainerSpec::busybox(name, ["timeout", "30", "wget", "-qO-", ROLES]).network(network);
+        // Not as the first process, to which the signal at the end of the time would mean nothing.
+        let script = format!("timeout 30 wget -qO- {ROLES}; exit $?");
+        let spec = ContainerSpec::busybox(name, ["sh".to_owned(), "-c".to_owned(), script]).network(network);
         let finished = stage.run(spec).await?.wait().await?;
         ensure!(finished.exit_code != 0 && finished.stdout.is_empty(), "{name} got {finished:?}");
         seen.push(finished.stderr.trim().to_owned());

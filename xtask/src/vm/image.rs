@@ -16,8 +16,16 @@ const ENGINE: [&str; 4] = ["dockerd", "containerd", "containerd-shim-runc-v2", "
 const OURS: [&str; 3] = ["metadata-proxy", "guest", "aws-config-client"];
 
 /// In the order of their dependencies. No device: the guest's world is its memory.
-const MODULES: [&str; 5] =
-    ["fs/overlayfs/overlay", "net/llc/llc", "net/802/stp", "net/bridge/bridge", "drivers/net/veth"];
+const MODULES: [&str; 7] = [
+    "fs/overlayfs/overlay",
+    "net/llc/llc",
+    "net/802/stp",
+    "net/bridge/bridge",
+    "drivers/net/veth",
+    // The guard on the uplinks before Linux 6.6. On a host they are loaded on demand.
+    "net/sched/sch_ingress",
+    "net/sched/cls_bpf",
+];
 
 /// The programs, the same for every kernel.
 pub(super) fn programs(scratch: &Path) -> anyhow::Result<Vec<u8>> {
