@@ -75,7 +75,7 @@ pub(crate) fn run_all(options: &Options) -> anyhow::Result<()> {
         let kernel = install::kernel(line.debian, line.name, options.renew)?;
         for cgroups in CGROUPS.into_iter().filter(|name| options.cgroups.as_ref().is_none_or(|only| only == name)) {
             let refusal = line.refusal.or((cgroups == "legacy").then_some(NO_CGROUP2));
-            let arguments = refusal.map_or(vec!["serves"], |text| vec!["refuses", text]);
+            let arguments = refusal.map_or(vec!["serves", cgroups], |text| vec!["refuses", text]);
             boot::join(&[&programs, &image::kernel(&kernel, &arguments)?], &initramfs)?;
             let begin = Instant::now();
             let report = boot::boot(&kernel, cgroups, &initramfs, options.kvm)?;

@@ -1,6 +1,6 @@
 //! The tests inside a virtual machine of `cargo xtask vm`, which boots it with this program as all there is to do.
 //!
-//! Usage: `guest serves` where the daemon is to work, `guest refuses TEXT` where it must end and say TEXT. The machine is the host of a container
+//! Usage: `guest serves unified|hybrid` where the daemon is to work, `guest refuses TEXT` where it must end and say TEXT. The machine is the host of a container
 //! engine, as in production: the daemon finds the root cgroup by itself. One line is printed for each test, fields apart by tabs:
 //! `GUEST`, `ok` or `FAILED`, the test, what was seen.
 #![expect(clippy::print_stdout, reason = "what it has to say goes to the machine's console")]
@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use metadata_proxy_tests::{
     clients::{Client, Programs},
-    host::{ContainerSpec, Daemon, Network, TestHost},
+    host::{Container, ContainerSpec, Daemon, Network, TestHost},
     imds::{HOST_ROLE, Imds},
     stage::{self, Stage, daemon_options, role_arn},
 };
@@ -30,9 +30,9 @@ async fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match *words.as_slice() {
-        ["serves"] => serves().await,
+        ["serves", cgroups] => serves(cgroups).await,
         ["refuses", text] => tell("refused with the reason", async { refuses(text) }).await.map(drop),
-        _ => Err(anyhow::anyhow!("usage: guest serves | guest refuses TEXT")),
+        _ => Err(anyhow::anyhow!("usage: guest serves unified|hybrid | guest refuses TEXT")),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -67,7 +67,7 @@ fn refuses(text: &str) -> Result<String> {
     Ok(reason.to_owned())
 }
 
-async fn serves() -> Result<()> {
+async fn serves(cgroups: &str) -> Result<()> {
     let host = TestHost::guest().await.context("starting the container engine")?;
     let imds = stage::start_imds(&host)?;
     let sts = stage::start_sts(&host)?;
@@ -81,7 +81,7 @@ async fn serves() -> Result<()> {
         return ready;
     }
     let mut stage = Stage { daemon, sts, imds, host };
-    let done = tests(&mut stage).await;
+    let done = tests(&mut stage, cgroups).await;
     if done.is_err() {
         println!("the daemon's log:\n{}", stage.daemon.log()?);
     }
@@ -89,11 +89,11 @@ async fn serves() -> Result<()> {
 }
 
 /// All of them, whatever becomes of one; an error if any failed.
-async fn tests(stage: &mut Stage) -> Result<()> {
+async fn tests(stage: &mut Stage, cgroups: &str) -> Result<()> {
     let pod = stage.run(ContainerSpec::busybox("pod", ["sleep", "3600"])).await?;
+    let mut results = vec![tell("the engine's cgroups", engine(stage, cgroups, &pod)).await];
     let shared = Network::Container(pod.name().to_owned());
     let places = [("bridge", Network::Default), ("none", Network::None), ("host", Network::Host), ("shared", shared)];
-    let mut results = Vec::new();
     for (place, network) in places {
         let name = format!("{place} network: its own role");
         results.push(tell(&name, own_role(stage, place, network)).await);
@@ -136,6 +136,17 @@ fn glob_links() -> Result<Vec<String>> {
     }
     links.retain(|name| name.starts_with("links-"));
     Ok(links)
+}
+
+/// What the container engine makes of the machine, and where its containers are then.
+async fn engine(stage: &Stage, cgroups: &str, pod: &Container) -> Result<String> {
+    let info = stage.docker().info().await?;
+    let version = info.cgroup_version.map(|version| version.to_string()).unwrap_or_default();
+    ensure!(version == if cgroups == "hybrid" { "1" } else { "2" }, "the engine uses version {version:?}");
+    let paths = std::fs::read_to_string(format!("/proc/{}/cgroup", pod.pid().await?))?;
+    let own = paths.lines().find_map(|line| line.strip_prefix("0::")).context("the container is in no cgroup2")?;
+    ensure!(own == format!("/docker/{}", pod.id()), "the container is in {own}");
+    Ok(format!("version {version}; hierarchies with containers, cgroup2 among them: {}", paths.lines().count()))
 }
 
 async fn own_role(stage: &Stage, name: &str, network: Network) -> Result<String> {
