@@ -38,6 +38,8 @@ enum Task {
     Handover,
     /// Measure what the interception costs, as ratios within one run
     Bench,
+    /// Try every way around the interception, and print what came of each
+    Bypass,
     /// Run all tests: unit, privileged, end to end
     Test {
         /// Only the tests whose name contains this
@@ -58,6 +60,7 @@ fn main() -> anyhow::Result<()> {
         Task::Demo => test::show("demo"),
         Task::Handover => test::show("handover"),
         Task::Bench => test::bench(),
+        Task::Bypass => test::show("bypass"),
         Task::Test { filter } => test::all(filter.as_deref()),
         Task::Vm(options) => vm::run_all(&options),
         Task::Lint => test::lint(),

@@ -160,6 +160,13 @@ impl Container {
         Ok(container)
     }
 
+    /// One that was started before, by its name.
+    pub async fn find(docker: &Docker, name: &str) -> Result<Self> {
+        let found = docker.inspect_container(name, None::<InspectContainerOptions>).await;
+        let id = found.with_context(|| format!("looking for container {name}"))?.id.context("it has no id")?;
+        Ok(Self { docker: docker.clone(), name: name.into(), id })
+    }
+
     pub fn id(&self) -> &str {
         &self.id
     }
