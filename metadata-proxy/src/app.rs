@@ -20,10 +20,10 @@ use tracing::{info, warn};
 use crate::{
     admin::{Admin, client},
     check,
-    config::Config,
+    config::{self, Config},
     containers::{Registry, cgroup, docker::Engine},
     credentials::{self, Aws, Store},
-    imds::Imds,
+    imds::{Imds, Rest},
     interceptor::{self, Interceptor, features, preflight},
     listeners::{Listeners, netns},
     metrics::{self, Metrics},
@@ -116,7 +116,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         exempt: config.exempt_containers,
     };
     let registry = Arc::new(Registry::new(engine, cgroup2, move |container| workloads.admit(container)));
-    let (endpoint, policy) = config.upstream.map(|upstream| (upstream.endpoint, upstream.policy)).unzip();
+    let (upstream, rest) = match config.upstream {
+        Some(config::Upstream::Real { endpoint, policy }) => (Some(Upstream::new(endpoint)), Rest::Real(policy)),
+        Some(config::Upstream::Simulated(instance)) => (None, Rest::Simulated(instance)),
+        None => (None, Rest::Nothing),
+    };
     let metrics = Metrics::default();
     let parts = metrics::Parts {
         interceptor: Arc::clone(&interceptor),
@@ -130,10 +134,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     });
     let server = Arc::new(Server {
         registry: Arc::clone(&registry),
-        imds: Imds::new(token_key::of_this_boot()?, policy, Timestamp::now()),
-        imds_of_strangers: Imds::new(token_key::of_this_boot()?, None, Timestamp::now()),
+        imds: Imds::new(token_key::of_this_boot()?, rest, Timestamp::now()),
+        imds_of_strangers: Imds::new(token_key::of_this_boot()?, Rest::Nothing, Timestamp::now()),
         credentials,
-        upstream: endpoint.map(Upstream::new),
+        upstream,
         require_imdsv2: config.require_imdsv2,
         connections: Arc::default(),
         metrics,

@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail};
 use tokio::time::timeout;
 
 use crate::{
-    config::Config,
+    config::{self, Config},
     containers::{cgroup, docker::Engine},
     credentials::Aws,
     interceptor::{self, features, preflight},
@@ -87,13 +87,15 @@ async fn identity(config: &Config) -> anyhow::Result<String> {
 
 async fn real_service(config: &Config) -> anyhow::Result<String> {
     const PATH: &str = "/latest/meta-data/instance-id";
-    let Some(upstream) = &config.upstream else {
-        return Ok("not used (--disable-upstream)".to_owned());
+    let endpoint = match &config.upstream {
+        Some(config::Upstream::Real { endpoint, .. }) => endpoint,
+        Some(config::Upstream::Simulated(_)) => return Ok("not used (an instance is simulated)".to_owned()),
+        None => return Ok("not used (--disable-upstream)".to_owned()),
     };
-    let remedy = || format!("{}: off EC2, run with --disable-upstream", upstream.endpoint);
-    let answer = Upstream::new(upstream.endpoint.clone()).get(PATH).await.with_context(remedy)?;
+    let remedy = || format!("{endpoint}: off EC2, run with --simulate or --disable-upstream");
+    let answer = Upstream::new(endpoint.clone()).get(PATH).await.with_context(remedy)?;
     if !answer.status.is_success() {
-        bail!("{} answers {} to {PATH}", upstream.endpoint, answer.status);
+        bail!("{endpoint} answers {} to {PATH}", answer.status);
     }
     Ok(format!("this is {}", String::from_utf8_lossy(&answer.body)))
 }

@@ -84,6 +84,11 @@ pub(crate) struct Run {
     #[arg(long, env = "METADATA_PROXY_DISABLE_UPSTREAM", value_parser = switch)]
     pub(crate) disable_upstream: bool,
 
+    /// Play an instance instead of asking the real metadata service, for machines off EC2; what it
+    /// says of itself is set by [simulate] in the configuration file
+    #[arg(long, env = "METADATA_PROXY_SIMULATE", value_parser = switch)]
+    pub(crate) simulate: bool,
+
     /// Refuse requests without a session token (IMDSv1)
     #[arg(long, env = "METADATA_PROXY_REQUIRE_IMDSV2", value_parser = switch)]
     pub(crate) require_imdsv2: bool,

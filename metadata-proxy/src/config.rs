@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::{
     cli::{LogFormat, Run},
     identity::RoleArn,
-    imds::Policy,
+    imds::{Instance, InstanceSettings, Policy},
 };
 
 /// Said in one line: what is wrong, and where it stands.
@@ -35,10 +35,11 @@ pub(crate) struct Config {
     pub(crate) log: String,
 }
 
+/// Where everything but credentials comes from.
 #[derive(Debug)]
-pub(crate) struct Upstream {
-    pub(crate) endpoint: Uri,
-    pub(crate) policy: Policy,
+pub(crate) enum Upstream {
+    Real { endpoint: Uri, policy: Policy },
+    Simulated(Instance),
 }
 
 /// The file: the flags' names, and what is too long for a flag.
@@ -56,6 +57,8 @@ struct File {
     log: Option<String>,
     metrics_address: Option<String>,
     upstream: UpstreamTable,
+    /// Turns the simulation on where it stands.
+    simulate: Option<InstanceSettings>,
     exempt: ExemptTable,
 }
 
@@ -93,18 +96,22 @@ impl Config {
             Some(value) => (Some(value), format!("--{flag}")),
             None => (given(in_file), format!("{file_name}: {flag}")),
         };
-        // Flags win as a whole over the file, so that the two ways to say where upstream is cannot
+        // Flags win as a whole over the file, so that the ways to say where upstream is cannot
         // contradict each other across them.
         let endpoint = given(run.imds_endpoint);
-        let (endpoint, endpoint_origin, disable, disable_origin) = if endpoint.is_some() || run.disable_upstream {
-            (endpoint, "--imds-endpoint".to_owned(), run.disable_upstream, "--disable-upstream".to_owned())
+        let by_flag = endpoint.is_some() || run.disable_upstream || run.simulate;
+        let (endpoint, disable, simulate, origins) = if by_flag {
+            let flags = ["--imds-endpoint", "--disable-upstream", "--simulate"].map(str::to_owned);
+            (endpoint, run.disable_upstream, run.simulate, flags)
         } else {
-            let origin = |name| format!("{file_name}: {name}");
-            (given(file.imds_endpoint), origin("imds-endpoint"), file.disable_upstream, "disable-upstream".to_owned())
+            let names = ["imds-endpoint", "disable-upstream", "[simulate]"].map(|name| format!("{file_name}: {name}"));
+            (given(file.imds_endpoint), file.disable_upstream, file.simulate.is_some(), names)
         };
-        if endpoint.is_some() && disable {
-            return Err(BadConfig(format!("{endpoint_origin} and {disable_origin} exclude each other")));
+        let chosen = origins.iter().zip([endpoint.is_some(), disable, simulate]).filter(|(_, chosen)| *chosen);
+        if let [(one, _), (other, _), ..] = chosen.collect::<Vec<_>>().as_slice() {
+            return Err(BadConfig(format!("{one} and {other} exclude each other")));
         }
+        let [endpoint_origin, ..] = &origins;
         let (default_role, role_origin) = either("default-role", run.default_role, file.default_role);
         let default_role = default_role
             .map(|role| role.parse::<RoleArn>())
@@ -123,10 +130,13 @@ impl Config {
             .map_err(|error| BadConfig(format!("{file_name}: [upstream]: {error}")))?;
         let upstream = if disable {
             None
+        } else if simulate {
+            let instance = Instance::new(file.simulate.unwrap_or_default());
+            Some(Upstream::Simulated(instance.map_err(|error| BadConfig(format!("{file_name}: [simulate]: {error}")))?))
         } else {
             let uri = imds_uri(endpoint.as_deref().unwrap_or(IMDS_ENDPOINT));
             let endpoint = uri.map_err(|reason| BadConfig(format!("{endpoint_origin} {reason}")))?;
-            Some(Upstream { endpoint, policy })
+            Some(Upstream::Real { endpoint, policy })
         };
         let (log, log_origin) = either("log", run.log, file.log);
         let log = log.unwrap_or_else(|| "info".to_owned());
@@ -211,6 +221,31 @@ mod tests {
     fn a_flag_for_upstream_replaces_what_the_file_says_of_it() {
         let config = with_file("imds-endpoint = 'http://10.0.0.1'\n", &["--disable-upstream"]).unwrap();
         assert!(config.upstream.is_none());
+    }
+
+    #[test]
+    fn the_real_service_its_absence_and_a_simulated_one_exclude_each_other() {
+        for (file, args, expected) in [
+            ("", &["--simulate", "--disable-upstream"][..], "--disable-upstream and --simulate exclude each other"),
+            ("", &["--simulate", "--imds-endpoint=http://x"], "--imds-endpoint and --simulate exclude each other"),
+            ("disable-upstream = true\n[simulate]\n", &[], ".toml: disable-upstream and "),
+        ] {
+            let error = with_file(file, args).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        let real = with_file("[simulate]\n", &["--imds-endpoint=http://x"]).unwrap();
+        assert!(matches!(real.upstream, Some(Upstream::Real { .. })));
+        for (file, args) in
+            [("[simulate]\nregion = 'eu-west-1'\n", &[][..]), ("disable-upstream = true", &["--simulate"])]
+        {
+            assert!(matches!(with_file(file, args).unwrap().upstream, Some(Upstream::Simulated(_))), "{file}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_instance_is_an_error_that_names_the_setting() {
+        let error = with_file("[simulate]\naccount = '12'\n", &[]).unwrap_err().to_string();
+        assert!(error.contains(".toml: [simulate]: account = \"12\": expected 12 digits"), "{error}");
     }
 
     #[test]

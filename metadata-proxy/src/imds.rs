@@ -10,6 +10,7 @@ mod listing;
 mod path;
 mod policy;
 pub(crate) mod response;
+mod simulated;
 mod token;
 
 use http::request::Parts;
@@ -23,6 +24,7 @@ use self::path::{CanonicalPath, is_version};
 use self::policy::Access;
 pub(crate) use self::policy::Policy;
 pub(crate) use self::response::Response;
+pub(crate) use self::simulated::{Instance, Settings as InstanceSettings};
 pub(crate) use self::token::TokenKey;
 use self::token::{Session, Ttl};
 
@@ -58,15 +60,24 @@ pub(crate) enum Action {
 /// The service, the same for all containers.
 pub(crate) struct Imds {
     tokens: TokenKey,
-    policy: Option<Policy>,
+    rest: Rest,
     started: Timestamp,
 }
 
+/// Where everything comes from but session tokens and the `iam` tree, which are ours.
+pub(crate) enum Rest {
+    /// There is none of it.
+    Nothing,
+    /// From the real service: what the policy shows of it.
+    Real(Policy),
+    /// From ourselves.
+    Simulated(Instance),
+}
+
 impl Imds {
-    /// A service that shows of the real one what the policy says; without a policy, there is no real one. `started` is
-    /// the `Last-Modified` of what never changes.
-    pub(crate) fn new(tokens: TokenKey, policy: Option<Policy>, started: Timestamp) -> Self {
-        Self { tokens, policy, started }
+    /// `started` is the `Last-Modified` of what never changes.
+    pub(crate) fn new(tokens: TokenKey, rest: Rest, started: Timestamp) -> Self {
+        Self { tokens, rest, started }
     }
 
     /// Decides on a request. Its body, if any, has no meaning for any path.
@@ -97,8 +108,11 @@ impl Imds {
 
     /// Takes what the policy denies out of a listing of the real service, and puts the caller's own `iam/` in.
     pub(crate) fn filter_listing(&self, forward: &Forward, body: &str) -> String {
-        // Without a policy nothing is ever forwarded.
-        self.policy.as_ref().map_or_else(String::new, |policy| forward.filter(policy, body))
+        match &self.rest {
+            Rest::Real(policy) => forward.filter(policy, body),
+            // Nothing is ever forwarded.
+            Rest::Nothing | Rest::Simulated(_) => String::new(),
+        }
     }
 
     fn token_exchange(
@@ -151,11 +165,10 @@ impl Imds {
     }
 
     fn list_versions(&self, path: &CanonicalPath, now: Timestamp) -> Option<Action> {
-        if self.policy.is_none() {
-            return Some(self.document(listing::VERSIONS, now));
+        match self.rest {
+            Rest::Real(_) => Some(Action::Forward(Forward::new(path.to_target()?, Some(Listing::Versions)))),
+            Rest::Nothing | Rest::Simulated(_) => Some(self.document(listing::VERSIONS, now)),
         }
-        let forward = Forward::new(path.to_target()?, Some(Listing::Versions));
-        Some(Action::Forward(forward))
     }
 
     fn resolve_iam(&self, rest: &[&str], caller: &Caller<'_>, now: Timestamp) -> Option<Action> {
@@ -178,7 +191,11 @@ impl Imds {
         now: Timestamp,
     ) -> Option<Action> {
         let has_role = caller.role.is_some();
-        let access = self.policy.as_ref().map_or(Access::Denied, |policy| policy.access(rest));
+        let access = match &self.rest {
+            Rest::Real(policy) => policy.access(rest),
+            Rest::Nothing => Access::Denied,
+            Rest::Simulated(instance) => return self.simulate(instance, rest, has_role, now),
+        };
         let listing = match access {
             Access::Denied => {
                 return listing::own_listing(rest, has_role).map(|list| self.document(list, now));
@@ -189,6 +206,15 @@ impl Imds {
             }
         };
         Some(Action::Forward(Forward::new(path.to_target()?, listing)))
+    }
+
+    fn simulate(&self, instance: &Instance, path: &[&str], has_role: bool, now: Timestamp) -> Option<Action> {
+        let body = instance.find(path, has_role)?;
+        Some(match path {
+            // The real service does not know what is in it either.
+            ["user-data"] => Action::Reply(response::octets(body, self.started, now)),
+            _ => self.document(body, now),
+        })
     }
 
     fn document(&self, body: impl Into<String>, now: Timestamp) -> Action {

@@ -20,7 +20,7 @@ use std::process::Command;
 use anyhow::{Context as _, bail};
 
 pub(crate) use self::bpf::{bpf_linker, bpf_toolchain};
-pub(crate) use self::clients::{js_clients, python_clients};
+pub(crate) use self::clients::{cloud_init, js_clients, python_clients};
 pub(crate) use self::docker::docker_engine;
 pub(crate) use self::kernel::{Kernel, kernel};
 pub(crate) use self::qemu::{CERTIFICATES, QEMU, qemu};

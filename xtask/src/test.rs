@@ -26,7 +26,7 @@ pub(crate) fn bench() -> anyhow::Result<()> {
 
 pub(crate) fn all(filter: Option<&str>) -> anyhow::Result<()> {
     install::docker_engine()?;
-    let (python, js) = (install::python_clients()?, install::js_clients()?);
+    let (python, js, cloud_init) = (install::python_clients()?, install::js_clients()?, install::cloud_init()?);
     let daemon = build::daemon(false)?;
     // The whole workspace: unit tests stand beside their code, end-to-end tests in `tests`. The build
     // of the package's programs comes along, which the containers run.
@@ -34,6 +34,7 @@ pub(crate) fn all(filter: Option<&str>) -> anyhow::Result<()> {
     tests.args(["test", "--workspace", "--bins", "--lib", "--tests"]).args(filter).args(["--", THREADS]);
     tests.env("METADATA_PROXY_BIN", daemon);
     tests.env("METADATA_PROXY_PYTHON_CLIENTS", python).env("METADATA_PROXY_JS_CLIENTS", js);
+    tests.env("METADATA_PROXY_CLOUD_INIT", cloud_init);
     run(&mut tests)
 }
 

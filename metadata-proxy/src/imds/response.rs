@@ -19,12 +19,22 @@ pub(crate) type Response = response::Response<Bytes>;
 pub(super) const TOKEN_TTL: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token-ttl-seconds");
 
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain");
+const OCTETS: HeaderValue = HeaderValue::from_static("application/octet-stream");
 const HTML: HeaderValue = HeaderValue::from_static("text/html");
 
 /// A document or a listing: 200, `text/plain`.
 pub(super) fn document(body: String, modified: Timestamp, now: Timestamp) -> Response {
+    content(TEXT, body, modified, now)
+}
+
+/// A document that could be anything, as user-data is.
+pub(super) fn octets(body: String, modified: Timestamp, now: Timestamp) -> Response {
+    content(OCTETS, body, modified, now)
+}
+
+fn content(kind: HeaderValue, body: String, modified: Timestamp, now: Timestamp) -> Response {
     let mut headers = HeaderMap::with_capacity(8);
-    headers.insert(CONTENT_TYPE, TEXT);
+    headers.insert(CONTENT_TYPE, kind);
     headers.insert(ACCEPT_RANGES, HeaderValue::from_static("none"));
     insert_time(&mut headers, LAST_MODIFIED, modified);
     finish(StatusCode::OK, headers, body.into(), now)

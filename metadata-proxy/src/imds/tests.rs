@@ -20,17 +20,17 @@ fn now() -> Timestamp {
 
 fn imds() -> Imds {
     let policy = Policy::new(&[], &[], false).unwrap();
-    Imds::new(TokenKey::new(&[7; 32]), Some(policy), now())
+    Imds::new(TokenKey::new(&[7; 32]), Rest::Real(policy), now())
 }
 
 /// As generous as an operator can be.
 fn open_imds() -> Imds {
     let policy = Policy::new(&["**".into()], &[], true).unwrap();
-    Imds::new(TokenKey::new(&[7; 32]), Some(policy), now())
+    Imds::new(TokenKey::new(&[7; 32]), Rest::Real(policy), now())
 }
 
 fn offline() -> Imds {
-    Imds::new(TokenKey::new(&[7; 32]), None, now())
+    Imds::new(TokenKey::new(&[7; 32]), Rest::Nothing, now())
 }
 
 fn head(method: &str, target: &str, headers: &[(&str, &str)]) -> Parts {
@@ -142,7 +142,7 @@ fn without_upstream_only_the_way_to_iam_is_there() {
 #[test]
 fn a_wholly_denied_tree_still_leads_to_iam() {
     let policy = Policy::new(&[], &["**".into()], false).unwrap();
-    let imds = Imds::new(TokenKey::new(&[7; 32]), Some(policy), now());
+    let imds = Imds::new(TokenKey::new(&[7; 32]), Rest::Real(policy), now());
     assert_eq!(get(&imds, &CALLER, "/latest/"), "meta-data");
     assert_eq!(get(&imds, &CALLER, "/latest/meta-data/"), "iam/");
     assert_eq!(get(&imds, &CALLER, "/latest/meta-data/ami-id"), "404");
@@ -355,4 +355,40 @@ fn listings_of_the_real_service_are_filtered_for_the_caller() {
             assert_eq!(imds().filter_listing(&forward, upstream), expected);
         }
     }
+}
+
+fn simulated(settings: &str) -> Imds {
+    let instance = Instance::new(toml::from_str(settings).unwrap()).unwrap();
+    Imds::new(TokenKey::new(&[7; 32]), Rest::Simulated(instance), now())
+}
+
+#[test]
+fn a_simulated_instance_answers_for_itself_in_every_version_and_spelling() {
+    let imds = simulated("instance-id = 'i-0abc'\nuser-data = 'x'\n");
+    for target in [
+        "/latest/meta-data/instance-id",
+        "/latest/meta-data/instance-id/",
+        "/1.0/meta-data/instance-id",
+        "/2031-01-01/meta-data/instance-id",
+        "//latest//meta-data/%69nstance-id?x=y",
+    ] {
+        assert_eq!(get(&imds, &CALLER, target), "i-0abc", "{target}");
+    }
+    assert_eq!(get(&imds, &CALLER, "/"), listing::VERSIONS);
+    assert_eq!(get(&imds, &CALLER, "/latest/"), "dynamic\nmeta-data\nuser-data");
+    assert_eq!(get(&imds, &CALLER, "/newest/meta-data/instance-id"), "404");
+    assert_eq!(get(&imds, &CALLER, "/latest/meta-data/nothing"), "404");
+    let user_data = reply(ask(&imds, &CALLER, "GET", "/latest/user-data", &[]));
+    assert_eq!(user_data.headers()["content-type"], "application/octet-stream");
+    assert_eq!(user_data.body().as_ref(), b"x");
+}
+
+#[test]
+fn the_iam_tree_of_a_simulated_instance_is_the_containers_own() {
+    let imds = simulated("");
+    assert_eq!(get(&imds, &CALLER, "/latest/meta-data/iam/security-credentials/"), "RoleList");
+    assert_eq!(get(&imds, &NO_ROLE, "/latest/meta-data/iam/"), "404");
+    assert!(get(&imds, &CALLER, "/latest/meta-data/").contains("\niam/\n"));
+    assert!(!get(&imds, &NO_ROLE, "/latest/meta-data/").contains("iam"));
+    assert_eq!(get(&imds, &STRICT, "/latest/meta-data/"), "401");
 }

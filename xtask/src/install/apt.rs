@@ -1,6 +1,7 @@
 //! Debian's packages.
 
 use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -53,6 +54,24 @@ pub(super) fn update() -> anyhow::Result<()> {
     }
     UPDATED.store(true, Ordering::Relaxed);
     apt(&["update"])
+}
+
+/// Unpacks packages into a folder, and runs nothing of theirs.
+pub(super) fn unpack(packages: &[&str], folder: &Path) -> anyhow::Result<()> {
+    let download = || quietly(Command::new("apt-get").args(["--quiet", "download"]).args(packages).current_dir(folder));
+    match download() {
+        Err(_) if is_root() && !UPDATED.swap(true, Ordering::Relaxed) => {
+            apt(&["update"]).and_then(|()| download())?;
+        }
+        result => result?,
+    }
+    for entry in std::fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
+        let package = entry?.path();
+        if package.extension().is_some_and(|extension| extension == "deb") {
+            quietly(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(folder))?;
+        }
+    }
+    Ok(())
 }
 
 fn apt(arguments: &[&str]) -> anyhow::Result<()> {

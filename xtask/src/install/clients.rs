@@ -55,6 +55,17 @@ pub(crate) fn js_clients() -> anyhow::Result<PathBuf> {
     })
 }
 
+/// The folder of cloud-init's modules. They are unpacked only: installed, cloud-init would take over this machine at its
+/// next start. They run in the environment of [`python_clients`], which has what else they import.
+pub(crate) fn cloud_init() -> anyhow::Result<PathBuf> {
+    const PACKAGES: [&str; 3] = ["cloud-init", "python3-configobj", "python3-six"];
+    let folder = Cache::open()?.folder("cloud-init", &[PACKAGES.concat().as_bytes()], |folder| {
+        announce("cloud-init's modules");
+        apt::unpack(&PACKAGES, folder)
+    })?;
+    Ok(folder.join("usr/lib/python3/dist-packages"))
+}
+
 fn sources() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("tests").join("clients")
 }
