@@ -92,7 +92,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let exempt: Vec<u64> =
         config.exempt_cgroups.iter().map(|path| cgroup::id_at(&cgroup2, path)).collect::<Result<_, _>>()?;
     // Before anything is attached: without an engine nobody could be told apart.
-    let engine = Engine::connect(&config.docker_host).await?;
+    let engine = Engine::connect(&config.docker_host, config.trust_image_metadata).await?;
 
     let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
     let credentials = Arc::new(Store::new(Arc::clone(&aws), credentials::Settings::default()));

@@ -75,7 +75,7 @@ fn exempt(config: &Config) -> anyhow::Result<String> {
 }
 
 async fn docker(config: &Config) -> anyhow::Result<String> {
-    Engine::connect(&config.docker_host).await?.describe().await
+    Engine::connect(&config.docker_host, config.trust_image_metadata).await?.describe().await
 }
 
 /// Signed with the host's clock, which STS does not let be more than five minutes off.

@@ -76,6 +76,10 @@ pub(crate) struct Run {
     #[arg(long, env = "DEFAULT_IAM_ROLE", value_name = "ROLE")]
     pub(crate) default_role: Option<String>,
 
+    /// Let images name roles and options of containers by their own labels and environment
+    #[arg(long, env = "METADATA_PROXY_TRUST_IMAGE_METADATA", value_parser = switch)]
+    pub(crate) trust_image_metadata: bool,
+
     /// The real metadata service, for everything but credentials [default: http://169.254.169.254]
     #[arg(long, env = "METADATA_PROXY_IMDS_ENDPOINT", value_name = "URL")]
     pub(crate) imds_endpoint: Option<String>,

@@ -22,6 +22,7 @@ pub(crate) struct Config {
     pub(crate) cgroup: Option<PathBuf>,
     pub(crate) bpffs: PathBuf,
     pub(crate) default_role: Option<RoleArn>,
+    pub(crate) trust_image_metadata: bool,
     /// None: serve credentials only.
     pub(crate) upstream: Option<Upstream>,
     /// The real service's address if it was given, for the daemon's own credentials too.
@@ -50,6 +51,7 @@ struct File {
     cgroup: Option<PathBuf>,
     bpffs: Option<PathBuf>,
     default_role: Option<String>,
+    trust_image_metadata: bool,
     imds_endpoint: Option<String>,
     disable_upstream: bool,
     require_imdsv2: bool,
@@ -152,6 +154,7 @@ impl Config {
             cgroup: given_path(run.cgroup).or(file.cgroup),
             bpffs: given_path(run.bpffs.path).or(file.bpffs).unwrap_or_else(|| BPFFS.into()),
             default_role,
+            trust_image_metadata: run.trust_image_metadata || file.trust_image_metadata,
             upstream,
             imds_endpoint: endpoint,
             require_imdsv2: run.require_imdsv2 || file.require_imdsv2,

@@ -33,6 +33,13 @@ pub(crate) struct Container {
     pub(crate) pid: u32,
     /// The container's own cgroup; what its processes create lies below.
     pub(crate) cgroup: u64,
+    /// As whoever started the container has named it.
+    pub(crate) image: String,
+    /// `bridge`, `host`, `none`, `container:ID` or the name of a network.
+    pub(crate) network: String,
+    /// What the image has brought, as `label NAME` or `environment variable NAME`; it is not among the
+    /// labels and variables below. None: nobody can tell whose they are.
+    pub(crate) from_image: Option<Vec<String>>,
     pub(crate) labels: HashMap<String, String>,
     pub(crate) env: HashMap<String, String>,
 }
@@ -56,6 +63,8 @@ pub(crate) struct Registry<W> {
 struct Entry<W> {
     pid: u32,
     cgroup: u64,
+    /// The engine could tell what came with the image.
+    complete: bool,
     workload: Arc<W>,
 }
 
@@ -111,7 +120,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
         let deadline = Instant::now() + STARTING;
         loop {
             match self.engine.inspect(&id).await? {
-                Lookup::Running(description) => self.admit(description),
+                Lookup::Running(description) => self.admit(*description),
                 Lookup::Starting => {}
                 Lookup::Unknown => return Ok(None),
             }
@@ -176,7 +185,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
         match event {
             // Also of a stop: it may run again by now, and be known already.
             Event::Started(id) | Event::Stopped(id) => match self.engine.inspect(&id).await? {
-                Lookup::Running(description) => self.admit(description),
+                Lookup::Running(description) => self.admit(*description),
                 Lookup::Starting | Lookup::Unknown => self.dismiss(&id),
             },
         }
@@ -189,7 +198,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
         let running = self.engine.running().await?;
         for id in &running {
             if let Lookup::Running(description) = self.engine.inspect(id).await? {
-                self.admit(description);
+                self.admit(*description);
             }
         }
         // Not those admitted meanwhile, which the list cannot have.
@@ -206,12 +215,14 @@ impl<W: Send + Sync + 'static> Registry<W> {
             Err(error) => return debug!("container {} has no cgroup, it may be gone: {error:#}", description.name),
         };
         let mut entries = self.write();
-        if entries.get(&id).is_some_and(|entry| entry.pid == pid && entry.cgroup == cgroup) {
+        let complete = description.from_image.is_some();
+        let known = |entry: &Entry<W>| entry.pid == pid && entry.cgroup == cgroup && (entry.complete || !complete);
+        if entries.get(&id).is_some_and(known) {
             return;
         }
         info!(container = description.name, id = short(&id), pid, cgroup, "container started");
         let workload = Arc::new((self.admit)(description.at(cgroup)));
-        let old = entries.insert(id.clone(), Entry { pid, cgroup, workload });
+        let old = entries.insert(id.clone(), Entry { pid, cgroup, complete, workload });
         let mut cgroups = self.write_cgroups();
         if let Some(old) = &old {
             cgroups.remove(&old.cgroup);

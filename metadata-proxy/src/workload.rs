@@ -67,6 +67,14 @@ impl Workloads {
 
     fn role(&self, container: &Container) -> (Option<Role>, Vec<String>) {
         let name = &container.name;
+        if container.from_image.is_none() {
+            let reason = format!(
+                "no role: its image {} cannot be inspected, so nobody can tell what it has brought",
+                container.image
+            );
+            warn!(container = name, "{reason}");
+            return (None, vec![reason]);
+        }
         let chosen = identity::choose_role(&container.labels, &container.env, self.default_role.as_ref());
         let (arn, reason) = match chosen {
             Some((source, Ok(arn))) => (arn, format!("its role comes from {source}")),

@@ -55,6 +55,7 @@ async fn help_shows_every_flag_with_its_environment_variable() -> Result<()> {
         ("--docker-host <URL>", "DOCKER_HOST"),
         ("--cgroup <PATH>", "METADATA_PROXY_CGROUP"),
         ("--default-role <ROLE>", "DEFAULT_IAM_ROLE"),
+        ("--trust-image-metadata", "METADATA_PROXY_TRUST_IMAGE_METADATA"),
         ("--imds-endpoint <URL>", "METADATA_PROXY_IMDS_ENDPOINT"),
         ("--disable-upstream", "METADATA_PROXY_DISABLE_UPSTREAM"),
         ("--simulate", "METADATA_PROXY_SIMULATE"),

@@ -1,26 +1,37 @@
 //! The Docker API. The only module that knows bollard.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use bollard::{
     Docker,
     errors::Error,
-    models::{ContainerInspectResponse, ContainerStateStatusEnum, EventMessage},
+    models::{ContainerInspectResponse, ContainerStateStatusEnum, EventMessage, ImageConfig},
     query_parameters::{EventsOptionsBuilder, InspectContainerOptions, ListContainersOptions},
 };
 use futures_util::{Stream, StreamExt as _, future};
 use jiff::Timestamp;
+use tracing::warn;
 
 use super::Container;
 
 /// An engine that does not answer is as bad as none; SDKs wait a second.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// Images whose settings are remembered; a host has some dozens.
+const IMAGES: usize = 1024;
 
 pub(crate) struct Engine {
     docker: Docker,
     /// Without a timeout on the whole: a stream lasts.
     streaming: Docker,
+    /// What an image brings counts as if the container's starter had given it.
+    trust_images: bool,
+    /// By id: an image never changes.
+    images: Mutex<HashMap<String, Arc<Settings>>>,
 }
 
 /// What a container is before its cgroup is known.
@@ -28,19 +39,50 @@ pub(crate) struct Description {
     pub(crate) id: String,
     pub(crate) name: String,
     pub(crate) pid: u32,
+    pub(crate) image: String,
+    image_id: String,
+    network: String,
+    pub(super) from_image: Option<Vec<String>>,
+    settings: Settings,
+}
+
+/// What containers and images are given by name.
+#[derive(Default)]
+struct Settings {
     labels: HashMap<String, String>,
     env: HashMap<String, String>,
 }
 
+impl Settings {
+    fn new(labels: Option<HashMap<String, String>>, env: Option<Vec<String>>) -> Self {
+        let env = env.unwrap_or_default().iter().filter_map(|variable| pair(variable)).collect();
+        Self { labels: labels.unwrap_or_default(), env }
+    }
+
+    /// Takes out what the image has brought, which the engine shows among the container's own, and
+    /// returns its names. What the starter has repeated word for word looks the same.
+    fn take_out(&mut self, image: &Self) -> Vec<String> {
+        let mut taken = take_out("label", &mut self.labels, &image.labels);
+        taken.append(&mut take_out("environment variable", &mut self.env, &image.env));
+        taken
+    }
+}
+
+fn take_out(kind: &str, own: &mut HashMap<String, String>, image: &HashMap<String, String>) -> Vec<String> {
+    let taken = own.extract_if(|name, value| image.get(name) == Some(value));
+    taken.map(|(name, _)| format!("{kind} {name}")).collect()
+}
+
 impl Description {
     pub(super) fn at(self, cgroup: u64) -> Container {
-        let Self { id, name, pid, labels, env } = self;
-        Container { id, name, pid, cgroup, labels, env }
+        let Self { id, name, pid, image, network, from_image, settings, image_id: _ } = self;
+        let Settings { labels, env } = settings;
+        Container { id, name, pid, cgroup, image, network, from_image, labels, env }
     }
 }
 
 pub(crate) enum Lookup {
-    Running(Description),
+    Running(Box<Description>),
     /// Created, and perhaps about to run.
     Starting,
     /// Not there, or no longer running.
@@ -55,7 +97,7 @@ pub(crate) enum Event {
 
 impl Engine {
     /// Connects to the engine and agrees on an API version.
-    pub(crate) async fn connect(host: &str) -> anyhow::Result<Self> {
+    pub(crate) async fn connect(host: &str, trust_images: bool) -> anyhow::Result<Self> {
         let remedy = || {
             format!(
                 "cannot reach the Docker engine at {host}: is it running, and is --docker-host (DOCKER_HOST) right?"
@@ -64,7 +106,7 @@ impl Engine {
         let docker = Docker::connect_with_host(host).with_context(remedy)?;
         let docker = docker.with_timeout(TIMEOUT).negotiate_version().await.with_context(remedy)?;
         let streaming = docker.clone().with_timeout(Duration::from_secs(10 * 365 * 24 * 3600));
-        Ok(Self { docker, streaming })
+        Ok(Self { docker, streaming, trust_images, images: Mutex::default() })
     }
 
     /// What it is, in a line.
@@ -85,11 +127,45 @@ impl Engine {
     }
 
     pub(super) async fn inspect(&self, id: &str) -> anyhow::Result<Lookup> {
-        match self.docker.inspect_container(id, None::<InspectContainerOptions>).await {
-            Ok(response) => Ok(lookup(response)),
-            Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(Lookup::Unknown),
-            Err(error) => Err(error).context("cannot inspect a container"),
+        let found = match self.docker.inspect_container(id, None::<InspectContainerOptions>).await {
+            Ok(response) => lookup(response),
+            Err(Error::DockerResponseServerError { status_code: 404, .. }) => Lookup::Unknown,
+            Err(error) => return Err(error).context("cannot inspect a container"),
+        };
+        let Lookup::Running(mut description) = found else { return Ok(found) };
+        description.from_image = if self.trust_images {
+            Some(Vec::new())
+        } else {
+            let image = self.image(&description.image_id).await?;
+            image.map(|image| description.settings.take_out(&image))
+        };
+        Ok(Lookup::Running(description))
+    }
+
+    /// The settings in an image; None if the engine cannot tell.
+    async fn image(&self, id: &str) -> anyhow::Result<Option<Arc<Settings>>> {
+        let images = || self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = images().get(id).cloned();
+        if known.is_some() {
+            return Ok(known);
         }
+        let config = match self.docker.inspect_image(id).await {
+            Ok(image) => image.config.unwrap_or_default(),
+            // Removed by force, or damaged: that container's trouble, not that of all others.
+            Err(Error::DockerResponseServerError { status_code, message }) => {
+                warn!("the engine does not tell what is in image {id}: {status_code}, {message}");
+                return Ok(None);
+            }
+            Err(error) => return Err(error).context("cannot inspect an image"),
+        };
+        let ImageConfig { labels, env, .. } = config;
+        let settings = Arc::new(Settings::new(labels, env));
+        let mut images = images();
+        if images.len() >= IMAGES {
+            images.clear();
+        }
+        images.insert(id.to_owned(), Arc::clone(&settings));
+        Ok(Some(settings))
     }
 
     /// Starts and stops from now on, until the stream breaks.
@@ -127,13 +203,18 @@ fn lookup(response: ContainerInspectResponse) -> Lookup {
     };
     let config = response.config.unwrap_or_default();
     let name = response.name.unwrap_or_default();
-    Lookup::Running(Description {
+    let network = response.host_config.and_then(|host| host.network_mode).unwrap_or_default();
+    Lookup::Running(Box::new(Description {
         name: name.trim_start_matches('/').to_owned(),
         id,
         pid,
-        labels: config.labels.unwrap_or_default(),
-        env: config.env.unwrap_or_default().iter().filter_map(|variable| pair(variable)).collect(),
-    })
+        image: config.image.unwrap_or_default(),
+        image_id: response.image.unwrap_or_default(),
+        // Two names of the same, depending on the client that created the container.
+        network: if network == "default" { "bridge".to_owned() } else { network },
+        from_image: None,
+        settings: Settings::new(config.labels, config.env),
+    }))
 }
 
 fn pair(variable: &str) -> Option<(String, String)> {
@@ -174,7 +255,25 @@ mod tests {
         };
         let Lookup::Running(description) = lookup(response) else { panic!("not running") };
         assert_eq!((description.name.as_str(), description.pid), ("web", 7));
-        assert_eq!(description.env.get("IAM_ROLE").map(String::as_str), Some("r"));
+        assert_eq!(description.settings.env.get("IAM_ROLE").map(String::as_str), Some("r"));
+    }
+
+    #[test]
+    fn what_the_image_brings_is_taken_out_and_what_the_starter_changes_stays() {
+        let settings = |role: &str, path: &str| {
+            let labels = HashMap::from([("metadata-proxy.role".to_owned(), role.to_owned())]);
+            Settings::new(Some(labels), Some(vec![format!("IAM_ROLE={role}"), format!("PATH={path}")]))
+        };
+        let image = settings("admin", "/bin");
+        let mut own = settings("admin", "/usr/bin");
+        let mut taken = own.take_out(&image);
+        taken.sort();
+        assert_eq!(taken, ["environment variable IAM_ROLE", "label metadata-proxy.role"]);
+        assert!(own.labels.is_empty());
+        assert_eq!(own.env.keys().collect::<Vec<_>>(), ["PATH"]);
+        let mut own = settings("web", "/usr/bin");
+        assert_eq!(own.take_out(&image), [""; 0]);
+        assert_eq!((own.labels.len(), own.env.len()), (1, 2));
     }
 
     #[test]
