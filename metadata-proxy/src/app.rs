@@ -1,6 +1,10 @@
 //! The composition root: builds everything from the configuration, runs it, and takes it down.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, RwLock},
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail};
 use jiff::Timestamp;
@@ -23,6 +27,7 @@ use crate::{
     config::{self, Config},
     containers::{Registry, cgroup, docker::Engine},
     credentials::{self, Aws, Store},
+    identity::Home,
     imds::{Imds, Rest},
     interceptor::{self, Interceptor, features, preflight},
     listeners::{Listeners, netns},
@@ -30,11 +35,13 @@ use crate::{
     server::Server,
     token_key,
     upstream::Upstream,
-    workload::Workloads,
+    workload::{Known, Workload, Workloads},
 };
 
 /// How long a listener that no container holds stays open unused.
 const IDLE: Duration = Duration::from_secs(30);
+/// Between two questions who the daemon is, at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Accepted connections that wait for the server to take them.
 const QUEUE: usize = 1024;
 
@@ -96,7 +103,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 
     let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
     let credentials = Arc::new(Store::new(Arc::clone(&aws), credentials::Settings::default()));
-    tokio::spawn(async move { introduce(&aws).await });
     let (interceptor, wanted, uplinks) = Interceptor::attach(&interceptor::Options {
         cgroup: &cgroup,
         bpffs: &config.bpffs,
@@ -108,14 +114,16 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 
     let (sender, connections) = mpsc::channel(QUEUE);
     let listeners = Listeners::new(Arc::clone(&interceptor), sender)?;
-    let workloads = Workloads {
+    let require_imdsv2 = config.identity.require_imdsv2;
+    let workloads = Arc::new(Workloads {
         interceptor: Arc::clone(&interceptor),
         listeners: Arc::clone(&listeners),
         credentials: Arc::clone(&credentials),
-        default_role: config.default_role,
-        exempt: config.exempt_containers,
-    };
-    let registry = Arc::new(Registry::new(engine, cgroup2, move |container| workloads.admit(container)));
+        known: RwLock::new(Known { settings: config.identity, home: None }),
+    });
+    let admit = Arc::clone(&workloads);
+    let registry = Arc::new(Registry::new(engine, cgroup2, move |container| admit.admit(container)));
+    tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry)));
     let (upstream, rest) = match config.upstream {
         Some(config::Upstream::Real { endpoint, policy }) => (Some(Upstream::new(endpoint)), Rest::Real(policy)),
         Some(config::Upstream::Simulated(instance)) => (None, Rest::Simulated(instance)),
@@ -138,7 +146,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         imds_of_strangers: Imds::new(token_key::of_this_boot()?, Rest::Nothing, Timestamp::now()),
         credentials,
         upstream,
-        require_imdsv2: config.require_imdsv2,
+        require_imdsv2,
         connections: Arc::default(),
         metrics,
     });
@@ -180,11 +188,33 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says who assumes the roles; without that, the first container to ask would be the first to know.
-async fn introduce(aws: &Aws) {
-    match aws.caller_identity().await {
-        Ok(identity) => info!(account = identity.account, "assuming roles as {}", identity.arn),
-        Err(failure) => warn!("the daemon has no identity at AWS, so no container gets credentials: {failure}"),
+/// Finds out who assumes the roles, for as long as it takes: roles that are named without an account
+/// wait for it.
+async fn introduce(aws: Arc<Aws>, workloads: Arc<Workloads>, registry: Arc<Registry<Workload>>) {
+    let mut pause = Duration::from_secs(1);
+    let mut told = String::new();
+    let identity = loop {
+        match aws.caller_identity().await {
+            Ok(identity) => break identity,
+            Err(failure) => {
+                let failure = failure.to_string();
+                if failure != told {
+                    warn!("the daemon has no identity at AWS, so no container gets credentials: {failure}");
+                    told = failure;
+                }
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    };
+    info!(account = identity.account, "assuming roles as {}", identity.arn);
+    workloads.learn(|known| known.home = Home::of_caller(&identity.arn));
+    reconsider_all(&workloads, &registry);
+}
+
+fn reconsider_all(workloads: &Workloads, registry: &Registry<Workload>) {
+    for workload in registry.all() {
+        workloads.reconsider(&workload);
     }
 }
 

@@ -72,9 +72,18 @@ pub(crate) struct Run {
     #[arg(long, env = "METADATA_PROXY_CGROUP", value_parser = path(), value_name = "PATH")]
     pub(crate) cgroup: Option<PathBuf>,
 
-    /// Role (full ARN) of containers that name none [default: no role]
+    /// Role of containers that name none: NAME, PATH/NAME, NAME@ACCOUNT or an ARN [default: no role]
     #[arg(long, env = "DEFAULT_IAM_ROLE", value_name = "ROLE")]
     pub(crate) default_role: Option<String>,
+
+    /// What roles named without an ARN are appended to, such as
+    /// arn:aws:iam::123456789012:role/containers/ [default: the daemon's own account]
+    #[arg(long, env = "METADATA_PROXY_ROLE_BASE", value_name = "ARN")]
+    pub(crate) role_base: Option<String>,
+
+    /// Template of session names [default: {container.name}-{container.id:12}]
+    #[arg(long, env = "METADATA_PROXY_SESSION_NAME", value_name = "TEMPLATE")]
+    pub(crate) session_name: Option<String>,
 
     /// Let images name roles and options of containers by their own labels and environment
     #[arg(long, env = "METADATA_PROXY_TRUST_IMAGE_METADATA", value_parser = switch)]

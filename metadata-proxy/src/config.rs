@@ -1,13 +1,20 @@
 //! Flags, environment and file, resolved into one validated configuration.
 
-use std::{collections::HashSet, fs, net::SocketAddr, path::PathBuf};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt::Display,
+    fs,
+    net::SocketAddr,
+    path::PathBuf,
+    str::FromStr,
+};
 
 use hyper::Uri;
 use serde::Deserialize;
 
 use crate::{
     cli::{LogFormat, Run},
-    identity::RoleArn,
+    identity::{self, Kind, Template, session_tag},
     imds::{Instance, InstanceSettings, Policy},
 };
 
@@ -21,15 +28,13 @@ pub(crate) struct Config {
     pub(crate) docker_host: String,
     pub(crate) cgroup: Option<PathBuf>,
     pub(crate) bpffs: PathBuf,
-    pub(crate) default_role: Option<RoleArn>,
+    pub(crate) identity: identity::Settings,
     pub(crate) trust_image_metadata: bool,
     /// None: serve credentials only.
     pub(crate) upstream: Option<Upstream>,
     /// The real service's address if it was given, for the daemon's own credentials too.
     pub(crate) imds_endpoint: Option<String>,
-    pub(crate) require_imdsv2: bool,
     pub(crate) exempt_cgroups: Vec<PathBuf>,
-    pub(crate) exempt_containers: HashSet<String>,
     pub(crate) admin_socket: PathBuf,
     pub(crate) metrics_address: Option<SocketAddr>,
     pub(crate) log_format: LogFormat,
@@ -51,6 +56,8 @@ struct File {
     cgroup: Option<PathBuf>,
     bpffs: Option<PathBuf>,
     default_role: Option<String>,
+    role_base: Option<String>,
+    session_name: Option<String>,
     trust_image_metadata: bool,
     imds_endpoint: Option<String>,
     disable_upstream: bool,
@@ -58,6 +65,8 @@ struct File {
     log_format: Option<LogFormat>,
     log: Option<String>,
     metrics_address: Option<String>,
+    /// Values are templates.
+    session_tags: BTreeMap<String, String>,
     upstream: UpstreamTable,
     /// Turns the simulation on where it stands.
     simulate: Option<InstanceSettings>,
@@ -114,11 +123,20 @@ impl Config {
             return Err(BadConfig(format!("{one} and {other} exclude each other")));
         }
         let [endpoint_origin, ..] = &origins;
-        let (default_role, role_origin) = either("default-role", run.default_role, file.default_role);
-        let default_role = default_role
-            .map(|role| role.parse::<RoleArn>())
-            .transpose()
-            .map_err(|error| BadConfig(format!("{role_origin}: {error}")))?;
+        let session_tags =
+            file.session_tags.iter().map(|(key, value)| session_tag(key, value)).collect::<Result<_, _>>();
+        let (session_name, name_origin) = either("session-name", run.session_name, file.session_name);
+        let session_name =
+            Template::parse(Kind::SessionName, session_name.as_deref().unwrap_or(identity::SESSION_NAME));
+        let identity = identity::Settings {
+            default_role: parsed(either("default-role", run.default_role, file.default_role))?,
+            role_base: parsed(either("role-base", run.role_base, file.role_base))?,
+            session_name: session_name.map_err(|rule| BadConfig(format!("{name_origin}: {rule}")))?,
+            session_tags: session_tags.map_err(|rule| BadConfig(format!("{file_name}: [session-tags]: {rule}")))?,
+            require_imdsv2: run.require_imdsv2 || file.require_imdsv2,
+            exempt: file.exempt.containers,
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        };
 
         let (docker_host, docker_origin) = either("docker-host", run.docker_host, file.docker_host);
         let docker_host = docker_host.unwrap_or_else(|| DOCKER_HOST.to_owned());
@@ -153,19 +171,23 @@ impl Config {
             docker_host,
             cgroup: given_path(run.cgroup).or(file.cgroup),
             bpffs: given_path(run.bpffs.path).or(file.bpffs).unwrap_or_else(|| BPFFS.into()),
-            default_role,
+            identity,
             trust_image_metadata: run.trust_image_metadata || file.trust_image_metadata,
             upstream,
             imds_endpoint: endpoint,
-            require_imdsv2: run.require_imdsv2 || file.require_imdsv2,
             exempt_cgroups: if run.exempt_cgroup.is_empty() { file.exempt.cgroups } else { run.exempt_cgroup },
             admin_socket: run.admin_socket.path(),
             metrics_address,
-            exempt_containers: file.exempt.containers,
             log_format: run.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
             log,
         })
     }
+}
+
+/// A value that has been given, with the place where it was.
+fn parsed<T: FromStr<Err: Display>>((value, origin): (Option<String>, String)) -> Result<Option<T>, BadConfig> {
+    let value = value.map(|value| value.parse()).transpose();
+    value.map_err(|error| BadConfig(format!("{origin}: {error}")))
 }
 
 fn read(path: &PathBuf) -> Result<File, BadConfig> {
@@ -261,7 +283,9 @@ mod tests {
     #[test]
     fn bad_values_name_their_flag() {
         for (args, expected) in [
-            (["--default-role", "web"], "--default-role: \"web\" is not the ARN"),
+            (["--default-role", "we b"], "--default-role: \"we b\" is not an IAM role"),
+            (["--role-base", "arn:aws:iam::123456789012:role/x"], "--role-base: \"arn:aws:iam"),
+            (["--session-name", "{x}"], "--session-name: there is no {x}"),
             (["--imds-endpoint", "https://x"], "--imds-endpoint \"https://x\": not an http URL"),
             (["--imds-endpoint", "http://x/latest"], "it has a path"),
             (["--docker-host", "/var/run/docker.sock"], "expected unix:///path"),

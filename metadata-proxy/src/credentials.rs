@@ -41,8 +41,31 @@ pub(crate) struct RoleSession {
     pub(crate) role_arn: String,
     pub(crate) session_name: String,
     pub(crate) external_id: Option<String>,
+    /// A session policy, as JSON, and the ARNs of managed ones: the session can do what both the role and these allow.
+    pub(crate) policy: Option<String>,
+    pub(crate) policy_arns: Vec<String>,
+    /// Keys and values.
+    pub(crate) tags: Vec<(String, String)>,
+    pub(crate) source_identity: Option<String>,
     /// STS takes 900 s to 43,200 s, and at most 3,600 s when the daemon itself acts under a role.
     pub(crate) duration: Duration,
+}
+
+impl RoleSession {
+    /// Without any option.
+    #[cfg(test)]
+    pub(crate) fn plain(role_arn: &str, session_name: &str) -> Self {
+        Self {
+            role_arn: role_arn.to_owned(),
+            session_name: session_name.to_owned(),
+            external_id: None,
+            policy: None,
+            policy_arns: Vec::new(),
+            tags: Vec::new(),
+            source_identity: None,
+            duration: DEFAULT_DURATION,
+        }
+    }
 }
 
 /// One set of temporary credentials. `Debug` shows no secret, because `SecretString` does not.

@@ -31,7 +31,8 @@ use tracing::{debug, info, warn};
 
 use crate::{
     containers::{EngineError, Registry},
-    credentials::{Failure, Store},
+    credentials::{Failure, RoleSession, Store},
+    identity::RoleArn,
     imds::{
         Action, Caller, Forward, IamRequest, Imds, Response,
         iam::{self, CredentialDocument, IamFailure},
@@ -40,7 +41,7 @@ use crate::{
     listeners::Connection,
     metrics::Metrics,
     upstream::Upstream,
-    workload::{Role, Workload},
+    workload::Workload,
 };
 
 /// For the whole head of a request, and between two requests.
@@ -61,6 +62,7 @@ pub(crate) struct Server {
     pub(crate) imds_of_strangers: Imds,
     pub(crate) credentials: Arc<Store>,
     pub(crate) upstream: Option<Upstream>,
+    /// Of those whom nobody knows; containers' is decided for each.
     pub(crate) require_imdsv2: bool,
     pub(crate) connections: Arc<ConnectionCount>,
     pub(crate) metrics: Metrics,
@@ -134,17 +136,18 @@ impl Server {
 
     async fn answer_container(&self, head: &Parts, workload: &Workload, now: Timestamp) -> Response {
         workload.activity.saw(head.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()));
+        let standing = workload.standing();
         let caller = Caller {
             id: &workload.container.id,
-            role: workload.role.as_ref().map(|role| role.arn.name()),
-            require_token: self.require_imdsv2,
+            role: standing.role_name(),
+            require_token: standing.decision.require_imdsv2,
         };
         let routed = self.imds.route(head, &caller, now);
-        let mut answer = match (routed.action, &workload.role) {
+        let mut answer = match (routed.action, standing.role()) {
             (Action::Reply(answer), _) => answer,
-            (Action::Iam(request), Some(role)) => self.hand_out(request, role, workload).await,
-            // Not reached: without a role there is no such request.
-            (Action::Iam(_), None) => response::not_found(now),
+            (Action::Iam(request), Some((arn, session))) => self.hand_out(request, arn, session, workload).await,
+            // A role whose account is not known yet; without any role there is no such request.
+            (Action::Iam(_), None) => response::empty(StatusCode::SERVICE_UNAVAILABLE, now),
             (Action::Forward(forward), _) => self.forward(&forward, now).await,
         };
         if let Some(ttl) = routed.token_ttl {
@@ -160,11 +163,21 @@ impl Server {
         answer
     }
 
-    async fn hand_out(&self, request: IamRequest, role: &Role, workload: &Workload) -> Response {
-        let arn = role.arn.as_str();
-        let credentials = self.credentials.get(&role.session).await;
+    async fn hand_out(
+        &self,
+        request: IamRequest,
+        arn: &RoleArn,
+        session: &RoleSession,
+        workload: &Workload,
+    ) -> Response {
+        let credentials = self.credentials.get(session).await;
         // Taken after the wait.
         let now = Timestamp::now();
+        if workload.standing().role() != Some((arn, session)) {
+            // Withdrawn meanwhile; asked again, it gets what holds now.
+            return response::empty(StatusCode::SERVICE_UNAVAILABLE, now);
+        }
+        let arn = arn.as_str();
         match credentials {
             Ok(credentials) => {
                 if request == IamRequest::Credentials {

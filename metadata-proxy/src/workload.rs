@@ -1,17 +1,14 @@
 //! A running container and everything the daemon does for it. All of it ends when this is dropped.
 
-use std::{
-    collections::HashSet,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
 
 use crate::{
     containers::Container,
-    credentials::{DEFAULT_DURATION, Hold, RoleSession, Store},
-    identity::{self, RoleArn},
+    credentials::{Hold, RoleSession, Store},
+    identity::{self, Decision, Home, RoleArn, Settings, Verdict},
     interceptor::Interceptor,
     listeners::Listeners,
 };
@@ -21,81 +18,116 @@ pub(crate) struct Workloads {
     pub(crate) interceptor: Arc<Interceptor>,
     pub(crate) listeners: Arc<Listeners>,
     pub(crate) credentials: Arc<Store>,
-    pub(crate) default_role: Option<RoleArn>,
-    /// Names of containers that keep the real service.
-    pub(crate) exempt: HashSet<String>,
+    pub(crate) known: RwLock<Known>,
+}
+
+/// What decisions are made from, beside the container.
+pub(crate) struct Known {
+    pub(crate) settings: Settings,
+    /// None until AWS has told who the daemon is.
+    pub(crate) home: Option<Home>,
 }
 
 pub(crate) struct Workload {
     pub(crate) container: Container,
-    /// None: the container has no role, or one that cannot be.
-    pub(crate) role: Option<Role>,
-    /// How that was decided.
-    pub(crate) reasons: Vec<String>,
     pub(crate) activity: Activity,
+    standing: RwLock<Arc<Standing>>,
     _listener: DropGuard,
 }
 
-pub(crate) struct Role {
-    pub(crate) arn: RoleArn,
-    pub(crate) session: RoleSession,
+/// What has been decided about a container, and what is done for it.
+pub(crate) struct Standing {
+    pub(crate) decision: Decision,
     /// Keeps its credentials fetched and renewed.
-    _hold: Hold,
+    _hold: Option<Hold>,
+}
+
+impl Standing {
+    pub(crate) fn role(&self) -> Option<(&RoleArn, &RoleSession)> {
+        match &self.decision.verdict {
+            Verdict::Role { arn, session } => Some((arn, session)),
+            _ => None,
+        }
+    }
+
+    /// The bare name of its role, also of one that is not to be had yet.
+    pub(crate) fn role_name(&self) -> Option<&str> {
+        match &self.decision.verdict {
+            Verdict::Role { arn, .. } => Some(arn.name()),
+            Verdict::Pending { name } => Some(name),
+            Verdict::Instance | Verdict::NoRole | Verdict::Refused => None,
+        }
+    }
+}
+
+impl Workload {
+    /// What holds now; another decision may follow at any time.
+    pub(crate) fn standing(&self) -> Arc<Standing> {
+        Arc::clone(&self.standing.read().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 impl Workloads {
     pub(crate) fn admit(&self, container: Container) -> Workload {
-        let exempt = self.exempt.contains(&container.name);
-        let marked = if exempt {
-            info!(container = container.name, "exempt: it keeps the real metadata service");
-            self.interceptor.exempt(container.cgroup)
-        } else {
-            self.interceptor.add_container(container.cgroup)
+        let standing = {
+            let known = self.known();
+            let decision = identity::decide(&container, &known.settings, known.home.as_ref());
+            RwLock::new(Arc::new(self.enact(&container, decision)))
+        };
+        let listener = CancellationToken::new();
+        tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
+        Workload { container, activity: Activity::default(), standing, _listener: listener.drop_guard() }
+    }
+
+    /// Decides anew about a running container.
+    pub(crate) fn reconsider(&self, workload: &Workload) {
+        let container = &workload.container;
+        // Locked before anything is read, so that of two who do this the later has the last word.
+        let mut standing = workload.standing.write().unwrap_or_else(PoisonError::into_inner);
+        let decision = {
+            let known = self.known();
+            identity::decide(container, &known.settings, known.home.as_ref())
+        };
+        if decision != standing.decision {
+            *standing = Arc::new(self.enact(container, decision));
+        }
+    }
+
+    /// For the decisions from now on; those made before are to be reconsidered.
+    pub(crate) fn learn(&self, change: impl FnOnce(&mut Known)) {
+        let mut known: RwLockWriteGuard<'_, Known> = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        change(&mut known);
+    }
+
+    fn known(&self) -> RwLockReadGuard<'_, Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enact(&self, container: &Container, decision: Decision) -> Standing {
+        let marked = match decision.verdict {
+            Verdict::Instance => self.interceptor.exempt(container.cgroup),
+            _ => self.interceptor.add_container(container.cgroup),
         };
         if let Err(error) = marked {
             warn!(container = container.name, "cannot tell the kernel whose cgroup {} is: {error}", container.cgroup);
         }
-        let (role, reasons) = if exempt {
-            (None, vec!["the configuration exempts it: it keeps the real metadata service".to_owned()])
-        } else {
-            self.role(&container)
+        report(&container.name, &decision);
+        let hold = match &decision.verdict {
+            Verdict::Role { session, .. } => Some(self.credentials.hold(session.clone())),
+            _ => None,
         };
-        let listener = CancellationToken::new();
-        tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
-        Workload { container, role, reasons, activity: Activity::default(), _listener: listener.drop_guard() }
+        Standing { decision, _hold: hold }
     }
+}
 
-    fn role(&self, container: &Container) -> (Option<Role>, Vec<String>) {
-        let name = &container.name;
-        if container.from_image.is_none() {
-            let reason = format!(
-                "no role: its image {} cannot be inspected, so nobody can tell what it has brought",
-                container.image
-            );
-            warn!(container = name, "{reason}");
-            return (None, vec![reason]);
-        }
-        let chosen = identity::choose_role(&container.labels, &container.env, self.default_role.as_ref());
-        let (arn, reason) = match chosen {
-            Some((source, Ok(arn))) => (arn, format!("its role comes from {source}")),
-            Some((source, Err(error))) => {
-                warn!(container = name, "no role, because its {source} is wrong: {error}");
-                return (None, vec![format!("no role, because its {source} is wrong: {error}")]);
-            }
-            None => {
-                info!(container = name, "no role");
-                return (None, vec!["neither a label nor the environment nor the daemon names a role".to_owned()]);
-            }
-        };
-        info!(container = name, role = %arn, "{reason}");
-        let session = RoleSession {
-            role_arn: arn.as_str().to_owned(),
-            session_name: identity::session_name(name, &container.id),
-            external_id: None,
-            duration: DEFAULT_DURATION,
-        };
-        let hold = self.credentials.hold(session.clone());
-        (Some(Role { arn, session, _hold: hold }), vec![reason])
+fn report(container: &str, decision: &Decision) {
+    let reasons = decision.reasons.join("; ");
+    match &decision.verdict {
+        Verdict::Role { arn, .. } => info!(container, role = %arn, "{reasons}"),
+        Verdict::Pending { name } => info!(container, role = name, "no credentials yet: {reasons}"),
+        Verdict::Instance => info!(container, "it keeps the real metadata service: {reasons}"),
+        Verdict::NoRole => info!(container, "no role: {reasons}"),
+        Verdict::Refused => warn!(container, "no role: {reasons}"),
     }
 }
 

@@ -33,7 +33,7 @@ async fn scene() -> Result<Stage> {
         }
         stage.run(spec).await?;
     }
-    stage.run(ContainerSpec::busybox("broken", ["sleep", "600"]).label("metadata-proxy.role", "nonsense")).await?;
+    stage.run(ContainerSpec::busybox("broken", ["sleep", "600"]).label("metadata-proxy.role", "non sense")).await?;
     // Until each has asked and has been answered.
     for _ in 0..100 {
         let seen = |status: &Value| status["requests"].as_u64() == Some(1);
@@ -64,7 +64,7 @@ async fn ps_and_explain_tell_every_containers_state_and_why() -> Result<()> {
         ("served", ["label metadata-proxy.role", "valid until", "Wget"]),
         ("refused", ["label metadata-proxy.role", "AccessDenied", "trust policy"]),
         ("plain", ["neither a label nor the environment", "role         none", "Wget"]),
-        ("broken", ["\"nonsense\" is not the ARN of an IAM role", "role         none", "none yet"]),
+        ("broken", ["\"non sense\" is not an IAM role", "role         none", "none yet"]),
     ] {
         let explained = text(&ask(&stage, &["explain", name])?);
         for part in expected {

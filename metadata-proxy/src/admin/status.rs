@@ -44,17 +44,18 @@ pub(crate) enum Credentials {
 
 pub(crate) fn of(workload: &Workload, store: &Store) -> Status {
     let container = &workload.container;
-    let role = workload.role.as_ref();
-    let credentials = role.map_or(Credentials::None, |role| credentials(store.state(&role.session)));
+    let standing = workload.standing();
+    let role = standing.role();
+    let credentials = role.map_or(Credentials::None, |(_, session)| credentials(store.state(session)));
     let (requests, last_client) = workload.activity.seen();
     Status {
         id: container.id.clone(),
         name: container.name.clone(),
         cgroup: container.cgroup,
         pid: container.pid,
-        role: role.map(|role| role.arn.to_string()),
-        session: role.map(|role| role.session.session_name.clone()),
-        reasons: workload.reasons.clone(),
+        role: role.map(|(arn, _)| arn.to_string()),
+        session: role.map(|(_, session)| session.session_name.clone()),
+        reasons: standing.decision.reasons.clone(),
         credentials,
         requests,
         last_client,

@@ -16,6 +16,7 @@ use aws_config::{AppName, BehaviorVersion, Region, environment::EnvironmentVaria
 use aws_sdk_sts::Client;
 use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::operation::assume_role::{AssumeRoleError, AssumeRoleOutput};
+use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 use jiff::Timestamp;
 use tokio::sync::RwLock;
 
@@ -151,11 +152,19 @@ fn is_denied(error: &SdkError<AssumeRoleError>) -> bool {
 }
 
 async fn assume_role(client: &Client, session: &RoleSession) -> Result<AssumeRoleOutput, SdkError<AssumeRoleError>> {
-    client
-        .assume_role()
-        .role_arn(&session.role_arn)
+    let mut call = client.assume_role();
+    for arn in &session.policy_arns {
+        call = call.policy_arns(PolicyDescriptorType::builder().arn(arn).build());
+    }
+    for (key, value) in &session.tags {
+        let tag = Tag::builder().key(key).value(value).build().map_err(SdkError::construction_failure)?;
+        call = call.tags(tag);
+    }
+    call.role_arn(&session.role_arn)
         .role_session_name(&session.session_name)
         .set_external_id(session.external_id.clone())
+        .set_policy(session.policy.clone())
+        .set_source_identity(session.source_identity.clone())
         .duration_seconds(i32::try_from(session.duration.as_secs()).unwrap_or(i32::MAX))
         .send()
         .await

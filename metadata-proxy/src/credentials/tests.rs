@@ -115,7 +115,7 @@ impl Sts for FakeSts {
 }
 
 fn key(role: &str) -> RoleSession {
-    RoleSession { role_arn: role.into(), session_name: "s".into(), external_id: None, duration: DEFAULT_DURATION }
+    RoleSession::plain(role, "s")
 }
 
 fn refusal() -> Failure {
@@ -152,6 +152,10 @@ async fn distinct_keys_are_distinct() {
         key("b"),
         RoleSession { session_name: "t".into(), ..base.clone() },
         RoleSession { external_id: Some("x".into()), ..base.clone() },
+        RoleSession { policy: Some("{}".into()), ..base.clone() },
+        RoleSession { policy_arns: vec!["arn:aws:iam::aws:policy/x".into()], ..base.clone() },
+        RoleSession { tags: vec![("team".into(), "a".into())], ..base.clone() },
+        RoleSession { source_identity: Some("alice".into()), ..base.clone() },
         RoleSession { duration: 15 * MINUTE, ..base },
     ];
     for (at, key) in keys.iter().enumerate() {

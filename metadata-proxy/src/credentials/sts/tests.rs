@@ -42,10 +42,13 @@ async fn sts_that_says(status: u16, body: &'static str) -> (Aws, tokio::sync::wa
 
 fn web() -> RoleSession {
     RoleSession {
-        role_arn: "arn:aws:iam::123456789012:role/web".into(),
-        session_name: "web-1".into(),
         external_id: Some("x:1".into()),
+        policy: Some("{}".into()),
+        policy_arns: vec!["arn:aws:iam::aws:policy/x".into()],
+        tags: vec![("team".into(), "a".into())],
+        source_identity: Some("alice".into()),
         duration: Duration::from_secs(900),
+        ..RoleSession::plain("arn:aws:iam::123456789012:role/web", "web-1")
     }
 }
 
@@ -70,6 +73,10 @@ async fn a_grant_is_read_from_the_wire() {
         "RoleSessionName=web-1",
         "ExternalId=x%3A1",
         "DurationSeconds=900",
+        "Policy=%7B%7D",
+        "PolicyArns.member.1.arn=arn%3Aaws%3Aiam%3A%3Aaws%3Apolicy%2Fx",
+        "Tags.member.1.Key=team&Tags.member.1.Value=a",
+        "SourceIdentity=alice",
     ] {
         assert!(request.contains(part), "{part} in {request}");
     }

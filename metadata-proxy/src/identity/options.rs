@@ -1,0 +1,274 @@
+//! What a container may ask of STS beside its role. A wrong value refuses the role: what somebody meant
+//! as a restriction must not be left out.
+//!
+//! Limits: AWS STS API Reference, AssumeRole.
+
+use std::time::Duration;
+
+use super::{
+    source::Names,
+    template::{Kind, Template},
+};
+use crate::containers::Container;
+
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Options {
+    pub(super) external_id: Option<String>,
+    pub(super) policy: Option<String>,
+    pub(super) policy_arns: Vec<String>,
+    pub(super) duration: Option<Duration>,
+    pub(super) session_name: Option<Template>,
+    pub(super) session_tags: Vec<(String, Template)>,
+    pub(super) source_identity: Option<String>,
+    pub(super) require_imdsv2: bool,
+}
+
+/// The variables are those of lyft's metadataproxy, of a fork of iam-docker and of ec2metaproxy.
+const EXTERNAL_ID: Names =
+    Names { labels: &["metadata-proxy.external-id"], variables: &["IAM_EXTERNAL_ID", "IAM_ROLE_EXTERNALID"] };
+const POLICY: Names = Names { labels: &["metadata-proxy.policy"], variables: &["IAM_POLICY"] };
+const POLICY_ARNS: Names = Names { labels: &["metadata-proxy.policy-arns"], variables: &[] };
+const DURATION: Names = Names { labels: &["metadata-proxy.duration"], variables: &[] };
+const SESSION_NAME: Names = Names { labels: &["metadata-proxy.session-name"], variables: &[] };
+const SESSION_TAGS: Names = Names { labels: &["metadata-proxy.session-tags"], variables: &[] };
+const SOURCE_IDENTITY: Names = Names { labels: &["metadata-proxy.source-identity"], variables: &[] };
+const REQUIRE_IMDSV2: Names = Names { labels: &["metadata-proxy.require-imdsv2"], variables: &[] };
+
+pub(super) const ALL: [Names; 8] =
+    [EXTERNAL_ID, POLICY, POLICY_ARNS, DURATION, SESSION_NAME, SESSION_TAGS, SOURCE_IDENTITY, REQUIRE_IMDSV2];
+
+/// Session tags of one session.
+pub(super) const TAGS: usize = 50;
+
+const PREFIX: &str = "metadata-proxy.";
+/// What an error message repeats of somebody's input.
+const QUOTE_LIMIT: usize = 100;
+
+impl Options {
+    pub(super) fn read(container: &Container) -> Result<Self, String> {
+        let known =
+            |label: &str| label == "metadata-proxy.role" || ALL.iter().any(|names| names.labels.contains(&label));
+        // A misspelt restriction would be none.
+        if let Some(label) = container.labels.keys().find(|label| label.starts_with(PREFIX) && !known(label)) {
+            let known: Vec<_> = ALL.iter().flat_map(|names| names.labels.iter().copied()).collect();
+            return Err(format!("label {label:?}: there is no such option, only {}", known.join(", ")));
+        }
+        Ok(Self {
+            external_id: read(container, &EXTERNAL_ID, external_id)?,
+            policy: read(container, &POLICY, policy)?,
+            policy_arns: read(container, &POLICY_ARNS, policy_arns)?.unwrap_or_default(),
+            duration: read(container, &DURATION, duration)?,
+            session_name: read(container, &SESSION_NAME, |text| Template::parse(Kind::SessionName, text))?,
+            session_tags: read(container, &SESSION_TAGS, session_tags)?.unwrap_or_default(),
+            source_identity: read(container, &SOURCE_IDENTITY, source_identity)?,
+            require_imdsv2: read(container, &REQUIRE_IMDSV2, switch)?.unwrap_or_default(),
+        })
+    }
+}
+
+fn read<T>(
+    container: &Container,
+    names: &Names,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<Option<T>, String> {
+    let Some((source, value)) = names.find(container) else { return Ok(None) };
+    let parsed = parse(value).map_err(|rule| {
+        let quoted: String = value.chars().take(QUOTE_LIMIT).collect();
+        format!("{source} {quoted:?}: {rule}")
+    })?;
+    Ok(Some(parsed))
+}
+
+fn in_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "_+=,.@-".contains(c)
+}
+
+fn external_id(text: &str) -> Result<String, String> {
+    let allowed = |c| in_name(c) || ":/".contains(c);
+    if !(2..=1224).contains(&text.len()) || !text.chars().all(allowed) {
+        return Err("expected 2 to 1224 letters, digits or _+=,.@:/-".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn source_identity(text: &str) -> Result<String, String> {
+    if !(2..=64).contains(&text.len()) || !text.chars().all(in_name) {
+        return Err("expected 2 to 64 letters, digits or _+=,.@-".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+pub(crate) fn policy(text: &str) -> Result<String, String> {
+    if text.chars().count() > 2048 {
+        return Err("a session policy has at most 2048 characters".to_owned());
+    }
+    if !text.chars().all(|c| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{ff}')) {
+        return Err("a session policy has no characters beyond U+00FF".to_owned());
+    }
+    let object = text.starts_with('{') && serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok();
+    if !object {
+        return Err("a session policy is a JSON object".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn policy_arns(text: &str) -> Result<Vec<String>, String> {
+    let arns: Vec<String> = list(text).map(str::to_owned).collect();
+    check_policy_arns(&arns)?;
+    Ok(arns)
+}
+
+pub(crate) fn check_policy_arns(arns: &[String]) -> Result<(), String> {
+    if arns.len() > 10 {
+        return Err("AWS takes at most 10 policies".to_owned());
+    }
+    match arns.iter().find(|arn| !is_policy_arn(arn)) {
+        Some(arn) => Err(format!("{arn:?} is not arn:PARTITION:iam::ACCOUNT:policy/NAME")),
+        None => Ok(()),
+    }
+}
+
+fn is_policy_arn(arn: &str) -> bool {
+    let parts: Vec<&str> = arn.splitn(6, ':').collect();
+    let ["arn", partition, "iam", "", account, resource] = parts.as_slice() else { return false };
+    let account = *account == "aws" || (account.len() == 12 && account.bytes().all(|byte| byte.is_ascii_digit()));
+    let name = resource.strip_prefix("policy/").is_some_and(|name| !name.is_empty());
+    partition.starts_with("aws") && account && name && arn.len() <= 2048 && arn.chars().all(|c| c.is_ascii_graphic())
+}
+
+/// Whole seconds, or with a unit: `900`, `15m`, `1h`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) = match text.strip_suffix(['s', 'm', 'h']) {
+        Some(number) if text.ends_with('h') => (number, 3600),
+        Some(number) if text.ends_with('m') => (number, 60),
+        Some(number) => (number, 1),
+        None => (text, 1),
+    };
+    let seconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
+    match seconds {
+        Some(seconds) if (900..=43_200).contains(&seconds) => Ok(Duration::from_secs(seconds)),
+        _ => Err("expected 15 minutes to 12 hours: 900 to 43200 seconds, or such as 15m or 1h".to_owned()),
+    }
+}
+
+/// `key=value,key=value`; the value is a template. No comma can be part of a tag.
+fn session_tags(text: &str) -> Result<Vec<(String, Template)>, String> {
+    let mut tags = Vec::new();
+    for tag in text.split(',').map(str::trim).filter(|tag| !tag.is_empty()) {
+        let (key, value) = tag.split_once('=').ok_or_else(|| format!("{tag:?} is not KEY=VALUE"))?;
+        tags.push(session_tag(key.trim(), value.trim())?);
+    }
+    let doubled =
+        |(at, (key, _)): (usize, &(String, Template))| tags[..at].iter().any(|(other, _)| same_key(other, key));
+    if tags.iter().enumerate().any(doubled) {
+        return Err("a key is there twice; AWS tells keys not apart by case".to_owned());
+    }
+    Ok(tags)
+}
+
+pub(crate) fn session_tag(key: &str, value: &str) -> Result<(String, Template), String> {
+    let allowed = |c: char| c.is_alphanumeric() || " _.:/=+-@".contains(c);
+    let reserved = key.get(..4).is_some_and(|start| start.eq_ignore_ascii_case("aws:"));
+    if key.is_empty() || key.chars().count() > 128 || !key.chars().all(allowed) || reserved {
+        return Err(format!(
+            "key {key:?}: expected 1 to 128 letters, digits, spaces or _.:/=+-@, not beginning with aws:"
+        ));
+    }
+    let value = Template::parse(Kind::TagValue, value).map_err(|rule| format!("value of {key:?}: {rule}"))?;
+    Ok((key.to_owned(), value))
+}
+
+pub(super) fn same_key(a: &str, b: &str) -> bool {
+    a.to_lowercase() == b.to_lowercase()
+}
+
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err("expected true or false".to_owned()),
+    }
+}
+
+fn list(text: &str) -> impl Iterator<Item = &str> {
+    text.split([',', ' ', '\t', '\n']).filter(|item| !item.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::tests::container;
+
+    fn options(labels: &[(&str, &str)], env: &[(&str, &str)]) -> Result<Options, String> {
+        Options::read(&container("web", labels, env))
+    }
+
+    #[test]
+    fn options_are_read_from_labels_and_the_peers_variables() {
+        let read = options(
+            &[
+                (
+                    "metadata-proxy.policy-arns",
+                    "arn:aws:iam::aws:policy/ReadOnlyAccess, arn:aws:iam::123456789012:policy/a/b",
+                ),
+                ("metadata-proxy.duration", "15m"),
+                ("metadata-proxy.source-identity", "alice"),
+                ("metadata-proxy.session-tags", "team=web, image={image}"),
+                ("metadata-proxy.require-imdsv2", "true"),
+            ],
+            &[("IAM_ROLE_EXTERNALID", "x:1"), ("IAM_POLICY", r#"{"Version":"2012-10-17","Statement":[]}"#)],
+        );
+        let read = read.unwrap();
+        assert_eq!(read.external_id.as_deref(), Some("x:1"));
+        assert!(read.policy.is_some() && read.require_imdsv2);
+        assert_eq!((read.policy_arns.len(), read.session_tags.len()), (2, 2));
+        assert_eq!(read.duration, Some(Duration::from_secs(900)));
+        assert_eq!(read.source_identity.as_deref(), Some("alice"));
+        assert_eq!(options(&[], &[]).unwrap(), Options::default());
+    }
+
+    #[test]
+    fn a_label_wins_over_a_variable() {
+        let read = options(&[("metadata-proxy.external-id", "label")], &[("IAM_EXTERNAL_ID", "variable")]);
+        assert_eq!(read.unwrap().external_id.as_deref(), Some("label"));
+    }
+
+    #[test]
+    fn what_sts_would_refuse_is_refused_with_option_and_rule() {
+        let many = ["arn:aws:iam::aws:policy/x"; 11].join(",");
+        let long = format!("{{\"a\":\"{}\"}}", "x".repeat(2048));
+        for (option, value, rule) in [
+            ("external-id", "x", "2 to 1224"),
+            ("external-id", "a b", "letters"),
+            ("policy", "not json", "JSON object"),
+            ("policy", "[]", "JSON object"),
+            ("policy", "{", "JSON object"),
+            ("policy", "{\"a\":\"\u{20ac}\"}", "U+00FF"),
+            ("policy", &long, "2048"),
+            ("policy-arns", "ReadOnlyAccess", "arn:PARTITION:iam::ACCOUNT:policy/NAME"),
+            ("policy-arns", &many, "at most 10"),
+            ("duration", "60", "900 to 43200"),
+            ("duration", "13h", "900 to 43200"),
+            ("duration", "an hour", "900 to 43200"),
+            ("session-name", "a/b", "the character '/'"),
+            ("session-name", "{nothing}", "there is no {nothing}"),
+            ("session-tags", "team", "KEY=VALUE"),
+            ("session-tags", "aws:x=1", "not beginning with aws:"),
+            ("session-tags", "a=1,A=2", "twice"),
+            ("session-tags", "a=(x)", "the character '('"),
+            ("source-identity", "x", "2 to 64"),
+            ("require-imdsv2", "perhaps", "true or false"),
+        ] {
+            let label = format!("metadata-proxy.{option}");
+            let error = options(&[(&label, value)], &[]).unwrap_err();
+            assert!(error.starts_with(&format!("label {label} ")) && error.contains(rule), "{error}");
+            assert!(error.len() < 400, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_misspelt_option_is_refused() {
+        let error = options(&[("metadata-proxy.polcy", "{}")], &[]).unwrap_err();
+        assert!(error.contains("metadata-proxy.polcy") && error.contains("metadata-proxy.policy,"), "{error}");
+    }
+}

@@ -1,0 +1,53 @@
+//! Where the values of a container come from: labels and environment, each under several names.
+
+use std::fmt;
+
+use crate::containers::Container;
+
+/// Where a container's role or option was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    Label(&'static str),
+    Environment(&'static str),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Label(name) => write!(f, "label {name}"),
+            Self::Environment(name) => write!(f, "environment variable {name}"),
+        }
+    }
+}
+
+/// The names of one setting, in the order in which they are asked.
+pub(crate) struct Names {
+    pub(crate) labels: &'static [&'static str],
+    pub(crate) variables: &'static [&'static str],
+}
+
+impl Names {
+    fn sources(&self) -> impl Iterator<Item = Source> {
+        let labels = self.labels.iter().map(|name| Source::Label(name));
+        labels.chain(self.variables.iter().map(|name| Source::Environment(name)))
+    }
+
+    /// The first that is there. An empty value counts as absent, as an unset variable of a compose file
+    /// arrives.
+    pub(super) fn find<'a>(&self, container: &'a Container) -> Option<(Source, &'a str)> {
+        self.sources().find_map(|source| {
+            let value = match source {
+                Source::Label(name) => container.labels.get(name),
+                Source::Environment(name) => container.env.get(name),
+            };
+            let value = value?.trim();
+            (!value.is_empty()).then_some((source, value))
+        })
+    }
+
+    /// Those of the names that the container's image has given a value, which does not count.
+    pub(super) fn brought(&self, container: &Container) -> Vec<String> {
+        let brought = container.from_image.as_deref().unwrap_or_default();
+        self.sources().map(|source| source.to_string()).filter(|source| brought.contains(source)).collect()
+    }
+}

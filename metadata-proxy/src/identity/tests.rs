@@ -1,0 +1,168 @@
+//! Decisions: whose word counts, and what becomes of it.
+
+use std::{collections::HashMap, time::Duration};
+
+use super::*;
+
+const ACCOUNT: &str = "arn:aws:iam::111122223333:user/metadata-proxy";
+
+pub(crate) fn container(name: &str, labels: &[(&str, &str)], env: &[(&str, &str)]) -> Container {
+    let map = |pairs: &[(&str, &str)]| -> HashMap<String, String> {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    };
+    Container {
+        id: "0123456789abcdef".repeat(4),
+        name: name.to_owned(),
+        pid: 1,
+        cgroup: 1,
+        image: "registry/app:1.2".to_owned(),
+        network: "bridge".to_owned(),
+        from_image: Some(Vec::new()),
+        labels: map(labels),
+        env: map(env),
+    }
+}
+
+pub(super) fn settings(default: Option<&str>) -> Settings {
+    Settings {
+        default_role: default.map(|role| role.parse().unwrap()),
+        role_base: None,
+        session_name: Template::parse(Kind::SessionName, SESSION_NAME).unwrap(),
+        session_tags: Vec::new(),
+        require_imdsv2: false,
+        exempt: HashSet::new(),
+        host: "host-1".to_owned(),
+    }
+}
+
+pub(super) fn judged(container: &Container, settings: &Settings) -> Decision {
+    decide(container, settings, Home::of_caller(ACCOUNT).as_ref())
+}
+
+fn chosen(labels: &[(&str, &str)], env: &[(&str, &str)], default: Option<&str>) -> Verdict {
+    judged(&container("web", labels, env), &settings(default)).verdict
+}
+
+fn name(verdict: Verdict) -> Option<String> {
+    match verdict {
+        Verdict::Role { arn, .. } => Some(arn.name().to_owned()),
+        _ => None,
+    }
+}
+
+#[test]
+fn sources_are_asked_in_order() {
+    let labels = [("metadata-proxy.role", "own"), ("com.swipely.iam-docker.iam-profile", "swipely")];
+    let env = [("IAM_ROLE", "role"), ("IAM_PROFILE", "profile")];
+    for (labels, env, expected) in [
+        (&labels[..], &env[..], "own"),
+        (&labels[1..], &env, "swipely"),
+        (&[], &env, "role"),
+        (&[], &env[1..], "profile"),
+        (&[("metadata-proxy.role", "")], &[("IAM_ROLE", " ")], "default"),
+        (&[], &[], "default"),
+    ] {
+        assert_eq!(name(chosen(labels, env, Some("default"))).as_deref(), Some(expected));
+    }
+    assert_eq!(chosen(&[], &[], None), Verdict::NoRole);
+}
+
+#[test]
+fn a_malformed_role_does_not_fall_back_to_the_default() {
+    let container = container("web", &[("metadata-proxy.role", "no role")], &[]);
+    let decision = judged(&container, &settings(Some("default")));
+    assert_eq!(decision.verdict, Verdict::Refused);
+    assert!(decision.reasons.last().unwrap().starts_with("label metadata-proxy.role: \"no role\""), "{decision:?}");
+}
+
+#[test]
+fn what_the_image_has_brought_is_told() {
+    let mut container = container("web", &[], &[]);
+    container.from_image = Some(vec!["label metadata-proxy.role".into(), "environment variable PATH".into()]);
+    let decision = judged(&container, &settings(None));
+    assert_eq!(decision.verdict, Verdict::NoRole);
+    assert!(decision.reasons[0].starts_with("label metadata-proxy.role comes from the image"), "{decision:?}");
+    assert_eq!(decision.reasons.len(), 2);
+}
+
+#[test]
+fn without_its_image_a_container_gets_nothing_not_even_the_default() {
+    let mut container = container("web", &[("metadata-proxy.role", "web")], &[]);
+    container.from_image = None;
+    assert_eq!(judged(&container, &settings(Some("default"))).verdict, Verdict::Refused);
+}
+
+#[test]
+fn a_short_name_waits_for_the_account() {
+    let container = container("web", &[("metadata-proxy.role", "team/web")], &[]);
+    assert_eq!(decide(&container, &settings(None), None).verdict, Verdict::Pending { name: "web".into() });
+    let Verdict::Role { arn, .. } = judged(&container, &settings(None)).verdict else { panic!("no role") };
+    assert_eq!(arn.as_str(), "arn:aws:iam::111122223333:role/team/web");
+}
+
+#[test]
+fn options_become_part_of_the_session() {
+    let labels = [
+        ("metadata-proxy.role", "web"),
+        ("metadata-proxy.duration", "15m"),
+        ("metadata-proxy.session-name", "{host}.{container.name}"),
+        ("metadata-proxy.session-tags", "team=a"),
+        ("metadata-proxy.source-identity", "alice"),
+        ("metadata-proxy.policy-arns", "arn:aws:iam::aws:policy/ReadOnlyAccess"),
+    ];
+    let mut settings = settings(None);
+    settings.session_tags = vec![session_tag("image", "{image}").unwrap()];
+    let decision = judged(&container("web", &labels, &[("IAM_EXTERNAL_ID", "x1"), ("IAM_POLICY", "{}")]), &settings);
+    let Verdict::Role { session, .. } = decision.verdict else { panic!("{decision:?}") };
+    let tags = [("image", "registry/app:1.2"), ("team", "a")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let expected = RoleSession {
+        role_arn: "arn:aws:iam::111122223333:role/web".into(),
+        session_name: "host-1.web".into(),
+        external_id: Some("x1".into()),
+        policy: Some("{}".into()),
+        policy_arns: vec!["arn:aws:iam::aws:policy/ReadOnlyAccess".into()],
+        tags: tags.into(),
+        source_identity: Some("alice".into()),
+        duration: Duration::from_secs(900),
+    };
+    assert_eq!(session, expected);
+}
+
+#[test]
+fn a_wrong_option_refuses_the_role_and_asks_for_tokens() {
+    let labels = [("metadata-proxy.role", "web"), ("metadata-proxy.require-imdsv2", "yes, please")];
+    let decision = judged(&container("web", &labels, &[]), &settings(Some("default")));
+    assert_eq!((decision.verdict, decision.require_imdsv2), (Verdict::Refused, true));
+}
+
+#[test]
+fn a_container_cannot_relax_what_the_operator_requires() {
+    let container = container("web", &[("metadata-proxy.require-imdsv2", "false")], &[]);
+    let strict = Settings { require_imdsv2: true, ..settings(None) };
+    assert!(judged(&container, &strict).require_imdsv2);
+    assert!(!judged(&container, &settings(None)).require_imdsv2);
+}
+
+#[test]
+fn a_container_cannot_replace_the_operators_tags() {
+    let mut settings = settings(Some("web"));
+    settings.session_tags = vec![session_tag("team", "a").unwrap()];
+    let decision = judged(&container("web", &[("metadata-proxy.session-tags", "Team=b")], &[]), &settings);
+    assert_eq!(decision.verdict, Verdict::Refused);
+    assert!(decision.reasons.last().unwrap().contains("\"Team\""), "{decision:?}");
+}
+
+#[test]
+fn under_a_role_a_long_duration_is_refused_before_sts_does() {
+    let container = container("web", &[("metadata-proxy.role", "web"), ("metadata-proxy.duration", "2h")], &[]);
+    assert!(matches!(judged(&container, &settings(None)).verdict, Verdict::Role { .. }));
+    let chained = Home::of_caller("arn:aws:sts::123456789012:assumed-role/host/i-1");
+    let decision = decide(&container, &settings(None), chained.as_ref());
+    assert!(decision.reasons.last().unwrap().contains("3600 s at most"), "{decision:?}");
+}
+
+#[test]
+fn an_exempt_container_keeps_the_real_service_whatever_it_says() {
+    let exempt = Settings { exempt: HashSet::from(["agent".to_owned()]), ..settings(Some("default")) };
+    assert_eq!(judged(&container("agent", &[("metadata-proxy.role", "")], &[]), &exempt).verdict, Verdict::Instance);
+}
