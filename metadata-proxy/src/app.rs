@@ -156,7 +156,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // Connections that are held by now do not wait for the snapshot.
     let mut wanted = tokio::spawn(Arc::clone(&listeners).serve_wanted(wanted));
     registry.resync().await.context("cannot ask the engine for its containers")?;
-    tokio::spawn(uplinks.follow());
+    tokio::spawn(uplinks.start().await.context("cannot guard the uplinks")?);
     tokio::spawn(Arc::clone(&admin).serve_unix(Admin::bind(&config.admin_socket)?));
     if let Some(address) = config.metrics_address {
         tokio::spawn(admin.serve_metrics(address));

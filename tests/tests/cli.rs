@@ -2,7 +2,7 @@
 
 use std::{env, path::PathBuf, process::Output, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
     host::{Container, ContainerSpec, DaemonOptions, Machine, TestHost},
     imds::HOST_ROLE,
@@ -366,5 +366,16 @@ async fn no_secret_is_ever_logged() -> Result<()> {
             assert_eq!(found, None, "{name} is in the log (static keys: {static_keys})");
         }
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_without_root_certificates_is_told_to_install_them() -> Result<()> {
+    let host = TestHost::start().await?;
+    let options = daemon_options().env("SSL_CERT_FILE", "/dev/null").env("SSL_CERT_DIR", "/nowhere");
+    let mut daemon = host.daemon(options)?;
+    let status = daemon.wait(Duration::from_secs(10)).await?;
+    let log = daemon.log()?;
+    ensure!(status.code() == Some(1) && log.contains("Install ca-certificates"), "{status}: {log}");
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use aws_config::default_provider::credentials::DefaultCredentialsChain;
 use aws_config::default_provider::region::DefaultRegionChain;
 use aws_config::imds::credentials::ImdsCredentialsProvider;
@@ -63,7 +64,7 @@ impl Aws {
     ///
     /// `imds_endpoint` is where the host's own role and region are looked up; without it the SDK's rules apply
     /// (`AWS_EC2_METADATA_SERVICE_ENDPOINT`, then 169.254.169.254).
-    pub(crate) async fn connect(imds_endpoint: Option<&str>) -> Result<Self, InvalidEndpoint> {
+    pub(crate) async fn connect(imds_endpoint: Option<&str>) -> anyhow::Result<Self> {
         let imds = imds_endpoint.map(imds_client).transpose()?;
         let region = region(imds.as_ref()).await;
         if region.is_none() {
@@ -71,8 +72,15 @@ impl Aws {
                 "no region in AWS_REGION, the profile or the host's metadata service; using STS in {FALLBACK_REGION}. Set AWS_REGION."
             );
         }
-        let link = Link::new(load(imds.as_ref(), region).await);
-        Ok(Self { imds, link: RwLock::new(link) })
+        // A task of its own, because without root certificates the SDK panics.
+        let loaded = tokio::spawn({
+            let imds = imds.clone();
+            async move { load(imds.as_ref(), region).await }
+        });
+        let client = loaded.await.context(
+            "the AWS SDK does not start: are there root certificates? Install ca-certificates, or set SSL_CERT_FILE",
+        )?;
+        Ok(Self { imds, link: RwLock::new(Link::new(client)) })
     }
 
     /// Who the daemon is to AWS: for the check at start, and for messages about refusals.

@@ -3,7 +3,7 @@
 //! Linux 6.6 and later: tcx links, pinned by interface index. Before: clsact filters, which stay by
 //! themselves and have to be removed by hand.
 
-use std::{collections::HashMap, fs, os::fd::AsFd as _, path::PathBuf, time::Duration};
+use std::{collections::HashMap, convert::Infallible, fs, os::fd::AsFd as _, path::PathBuf, time::Duration};
 
 use anyhow::Context as _;
 use aya::{
@@ -14,12 +14,15 @@ use aya::{
         tc::{qdisc_add_clsact, qdisc_detach_program},
     },
 };
-use futures_util::{StreamExt as _, TryStreamExt as _};
+use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use rtnetlink::{
     Handle, MulticastGroup, new_multicast_connection,
+    packet_core::NetlinkMessage,
+    packet_route::RouteNetlinkMessage,
     packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage},
+    sys::SocketAddr,
 };
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
 use super::syscall;
@@ -27,6 +30,8 @@ use super::syscall;
 pub(super) const PROGRAM: &str = "imds_uplink";
 /// A container's start brings several changes at once, and none of them an uplink.
 const SETTLE: Duration = Duration::from_millis(20);
+
+type Message = (NetlinkMessage<RouteNetlinkMessage>, SocketAddr);
 
 pub(crate) struct Uplinks {
     object: Ebpf,
@@ -40,29 +45,40 @@ impl Uplinks {
         Self { object, pins, attached: HashMap::new() }
     }
 
-    /// Attaches to the uplinks that are there, now and whenever devices change.
-    pub(crate) async fn follow(mut self) {
-        if let Err(error) = self.follow_changes().await {
-            warn!("packet sockets can reach the real service, because network devices cannot be followed: {error:#}");
-        }
+    /// Attaches to the uplinks that are there; the future goes on with those that come and go.
+    pub(crate) async fn start(mut self) -> anyhow::Result<impl Future<Output = ()> + Send> {
+        let (connection, handle, changes) = new_multicast_connection(&[MulticastGroup::Link])?;
+        tokio::spawn(connection);
+        let troubled = self.attach_all(&list(&handle).await?, false);
+        Ok(async move {
+            let Err(error) = self.follow(&handle, changes, troubled).await;
+            warn!("packet sockets can reach the real service by new devices, which cannot be followed: {error:#}");
+        })
     }
 
-    async fn follow_changes(&mut self) -> anyhow::Result<()> {
-        let (connection, handle, mut changes) = new_multicast_connection(&[MulticastGroup::Link])?;
-        let connection = tokio::spawn(connection);
+    async fn follow(
+        &mut self,
+        handle: &Handle,
+        mut changes: impl Stream<Item = Message> + Unpin,
+        mut troubled: bool,
+    ) -> anyhow::Result<Infallible> {
         loop {
-            self.attach_all(&list(&handle).await?);
-            // What has changed, the next look tells.
-            changes.next().await.context("the kernel's notifications ended")?;
-            sleep(SETTLE).await;
-            while changes.try_recv().is_ok() {}
-            if connection.is_finished() {
-                anyhow::bail!("the netlink connection ended");
+            // What has changed, the next look tells; and a device with which there was trouble gets a
+            // second one, for it may have been about to go.
+            let patience = if troubled { SETTLE } else { Duration::MAX };
+            if let Ok(change) = timeout(patience, changes.next()).await {
+                change.context("the kernel's notifications ended")?;
+                sleep(SETTLE).await;
+                while let Ok(Some(_)) = timeout(Duration::ZERO, changes.next()).await {}
+                troubled = false;
             }
+            troubled = self.attach_all(&list(handle).await?, troubled);
         }
     }
 
-    fn attach_all(&mut self, uplinks: &HashMap<u32, String>) {
+    /// Whether there was trouble; on a second look it is told.
+    fn attach_all(&mut self, uplinks: &HashMap<u32, String>, second: bool) -> bool {
+        let mut troubled = false;
         self.attached.retain(|index, _| uplinks.contains_key(index));
         self.remove_stale(uplinks);
         for (&index, name) in uplinks {
@@ -74,9 +90,14 @@ impl Uplinks {
                     info!("guarding uplink {name}");
                     self.attached.insert(index, name.clone());
                 }
-                Err(error) => warn!("packet sockets can reach the real service through {name}: {error:#}"),
+                Err(error) if second => warn!("packet sockets can reach the real service through {name}: {error:#}"),
+                Err(error) => {
+                    debug!("cannot guard {name}: {error:#}");
+                    troubled = true;
+                }
             }
         }
+        troubled
     }
 
     fn attach(&mut self, index: u32, name: &str) -> anyhow::Result<()> {
