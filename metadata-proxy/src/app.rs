@@ -15,7 +15,7 @@ use rustix::{
 };
 use tokio::{
     runtime::Runtime,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
 use tokio_util::sync::CancellationToken;
@@ -24,7 +24,7 @@ use tracing::{info, warn};
 use crate::{
     admin::{Admin, client},
     check,
-    config::{self, Config},
+    config::{self, BadConfig, Config},
     containers::{Registry, cgroup, docker::Engine},
     credentials::{self, Aws, Store},
     identity::Home,
@@ -38,6 +38,8 @@ use crate::{
     workload::{Known, Workload, Workloads},
 };
 
+type Reloaded = Result<Config, BadConfig>;
+
 /// How long a listener that no container holds stays open unused.
 const IDLE: Duration = Duration::from_secs(30);
 /// Between two questions who the daemon is, at most.
@@ -49,8 +51,9 @@ const QUEUE: usize = 1024;
 const SYN_TIMEOUT: Duration = Duration::from_millis(8);
 const HOLD_BUDGET: Duration = Duration::from_secs(4);
 
-pub(crate) fn run(config: Config) -> anyhow::Result<()> {
-    runtime()?.block_on(serve(config))
+/// `reload` reads the configuration anew.
+pub(crate) fn run(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -> anyhow::Result<()> {
+    runtime()?.block_on(serve(config, reload))
 }
 
 pub(crate) fn check(config: &Config) -> anyhow::Result<()> {
@@ -85,7 +88,8 @@ pub(crate) fn detach(bpffs: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve(config: Config) -> anyhow::Result<()> {
+async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -> anyhow::Result<()> {
+    let hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
 
@@ -124,6 +128,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let admit = Arc::clone(&workloads);
     let registry = Arc::new(Registry::new(engine, cgroup2, move |container| admit.admit(container)));
     tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry)));
+    tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry)));
     let (upstream, rest) = match config.upstream {
         Some(config::Upstream::Real { endpoint, policy }) => (Some(Upstream::new(endpoint)), Rest::Real(policy)),
         Some(config::Upstream::Simulated(instance)) => (None, Rest::Simulated(instance)),
@@ -210,6 +215,25 @@ async fn introduce(aws: Arc<Aws>, workloads: Arc<Workloads>, registry: Arc<Regis
     info!(account = identity.account, "assuming roles as {}", identity.arn);
     workloads.learn(|known| known.home = Home::of_caller(&identity.arn));
     reconsider_all(&workloads, &registry);
+}
+
+/// Takes over who may have which role. The rest of the configuration is about what has been built already.
+async fn reload_on(
+    mut hangup: Signal,
+    reload: impl Fn() -> Reloaded,
+    workloads: Arc<Workloads>,
+    registry: Arc<Registry<Workload>>,
+) {
+    while hangup.recv().await.is_some() {
+        match reload() {
+            Ok(config) => {
+                info!(rules = config.identity.rules.rules.len(), "reloaded roles and rules");
+                workloads.learn(|known| known.settings = config.identity);
+                reconsider_all(&workloads, &registry);
+            }
+            Err(error) => warn!("the old configuration stays in force, for the new one is wrong: {error}"),
+        }
+    }
 }
 
 fn reconsider_all(workloads: &Workloads, registry: &Registry<Workload>) {

@@ -22,6 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// Prints one line for each thing; false if one that is needed is missing.
 pub(crate) async fn run(config: &Config) -> bool {
     let mut table = Table { good: true };
+    table.line("configuration", Ok(configuration(config)));
     table.line("kernel", kernel());
     table.line("capabilities", preflight::capabilities().map(|()| "all there".to_owned()));
     table.line("cgroup2", preflight::cgroup(config.cgroup.as_deref()).map(|path| path.display().to_string()));
@@ -49,6 +50,15 @@ impl Table {
                 println!("FAILED  {name:<20}{error:#}");
             }
         }
+    }
+}
+
+/// One that is wrong has not come so far.
+fn configuration(config: &Config) -> String {
+    match config.identity.rules.rules.len() {
+        0 => "no rules: every container may have the role that it names".to_owned(),
+        1 => "1 rule".to_owned(),
+        count => format!("{count} rules"),
     }
 }
 

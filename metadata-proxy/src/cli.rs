@@ -62,7 +62,7 @@ environment, or the host's own instance role; AWS_REGION and AWS_ENDPOINT_URL_ST
 
 Exit status: 0 after SIGTERM or SIGINT, 64 for bad configuration, 1 for anything else.";
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct Run {
     /// Docker engine: unix:///path or tcp://host:port [default: unix:///var/run/docker.sock]
     #[arg(long, env = "DOCKER_HOST", value_name = "URL")]
@@ -138,14 +138,14 @@ pub(crate) struct Run {
     pub(crate) log: Option<String>,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct Bpffs {
     /// Mounted bpffs to pin programs and maps in [default: /sys/fs/bpf]
     #[arg(long = "bpffs", env = "METADATA_PROXY_BPFFS", value_parser = path(), value_name = "PATH")]
     pub(crate) path: Option<PathBuf>,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct AdminSocket {
     /// Unix socket by which root asks the running daemon [default: /run/metadata-proxy/admin.sock]
     #[arg(long = "admin-socket", env = "METADATA_PROXY_ADMIN_SOCKET", value_parser = path(), value_name = "PATH")]

@@ -1,5 +1,7 @@
 //! Flags, environment and file, resolved into one validated configuration.
 
+mod rules;
+
 use std::{
     collections::{BTreeMap, HashSet},
     fmt::Display,
@@ -65,6 +67,8 @@ struct File {
     log_format: Option<LogFormat>,
     log: Option<String>,
     metrics_address: Option<String>,
+    unmatched: rules::Unmatched,
+    rule: Vec<toml::Spanned<rules::Table>>,
     /// Values are templates.
     session_tags: BTreeMap<String, String>,
     upstream: UpstreamTable,
@@ -99,9 +103,9 @@ impl Config {
         // An empty variable is as good as unset: compose files pass them on so.
         let given = |value: Option<String>| value.filter(|value| !value.is_empty());
         let given_path = |value: Option<PathBuf>| value.filter(|value| !value.as_os_str().is_empty());
-        let (file, file_name) = match given_path(run.config) {
+        let ((file, rules), file_name) = match given_path(run.config) {
             Some(path) => (read(&path)?, path.display().to_string()),
-            None => (File::default(), String::new()),
+            None => Default::default(),
         };
         let either = |flag: &'static str, value: Option<String>, in_file: Option<String>| match given(value) {
             Some(value) => (Some(value), format!("--{flag}")),
@@ -135,6 +139,7 @@ impl Config {
             session_tags: session_tags.map_err(|rule| BadConfig(format!("{file_name}: [session-tags]: {rule}")))?,
             require_imdsv2: run.require_imdsv2 || file.require_imdsv2,
             exempt: file.exempt.containers,
+            rules,
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         };
 
@@ -190,14 +195,23 @@ fn parsed<T: FromStr<Err: Display>>((value, origin): (Option<String>, String)) -
     value.map_err(|error| BadConfig(format!("{origin}: {error}")))
 }
 
-fn read(path: &PathBuf) -> Result<File, BadConfig> {
+fn read(path: &PathBuf) -> Result<(File, rules::Rules), BadConfig> {
     let place = path.display();
     let text = fs::read_to_string(path).map_err(|error| BadConfig(format!("--config {place}: {error}")))?;
-    toml::from_str(&text).map_err(|error| {
-        let line = error.span().map_or(1, |span| text.get(..span.start).unwrap_or_default().matches('\n').count() + 1);
+    let line_at = |at: usize| text.get(..at).unwrap_or_default().matches('\n').count() + 1;
+    let mut file: File = toml::from_str(&text).map_err(|error| {
+        let line = error.span().map_or(1, |span| line_at(span.start));
         let reason = error.message().lines().collect::<Vec<_>>().join(" ");
         BadConfig(format!("{place}:{line}: {reason}"))
-    })
+    })?;
+    let mut rules = Vec::new();
+    for table in std::mem::take(&mut file.rule) {
+        let place = format!("{place}:{}", line_at(table.span().start));
+        let rule = table.into_inner().rule(&place).map_err(|reason| BadConfig(format!("{place}: {reason}")))?;
+        rules.push(rule);
+    }
+    let unmatched_allowed = file.unmatched == rules::Unmatched::Allow;
+    Ok((file, rules::Rules { rules, unmatched_allowed }))
 }
 
 fn imds_uri(given: &str) -> Result<Uri, String> {
@@ -278,6 +292,34 @@ mod tests {
         let error = with_file("docker-host = 'unix:///x'\nrole = 'x'\n", &[]).unwrap_err().to_string();
         assert!(error.contains(".toml:2: unknown field `role`"), "{error}");
         assert_eq!(error.lines().count(), 1, "{error}");
+    }
+
+    #[test]
+    fn a_bad_rule_is_named_by_its_line() {
+        for (rule, expected) in [
+            ("name = 'web'", "toml:2: a rule says allow"),
+            ("deny = true\nallow = ['web']", "toml:2: a rule with deny"),
+            ("allow = ['we b']", "toml:2: allow: \"we b\""),
+            ("default-role = 'we b'", "toml:2: default-role: \"we b\""),
+            ("allow = ['x']\nmax-duration = '1s'", "toml:2: max-duration \"1s\""),
+            ("allow = ['@instance']\nmax-duration = '1h'", "toml:2: nothing can be forced"),
+            ("allow = ['x']\npolicy = '{'", "toml:2: policy: "),
+            ("allow = ['x']\npolicy-arns = ['x']", "toml:2: policy-arns: \"x\""),
+            ("allow = ['x']\n[rule.tags]\n'aws:x' = 'y'", "toml:2: tags: key"),
+            ("allow = ['x']\nnames = 'y'", "toml:4: unknown field `names`"),
+        ] {
+            let error = with_file(&format!("\n[[rule]]\n{rule}\n"), &[]).unwrap_err().to_string();
+            assert!(error.contains(expected), "{rule}: {error}");
+        }
+    }
+
+    #[test]
+    fn rules_stand_in_the_files_order() {
+        let file = "unmatched = 'allow'\n[[rule]]\nname = 'a'\ndeny = true\n[[rule]]\nlabel = { team = 'x*' }\nallow = ['*', '@instance']\n";
+        let rules = with_file(file, &[]).unwrap().identity.rules;
+        assert!(rules.unmatched_allowed);
+        let places: Vec<_> = rules.rules.iter().filter_map(|rule| rule.place.rsplit(':').next()).collect();
+        assert_eq!(places, ["2", "5"]);
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! From a container's description to the role it is to have, with the reasons. Pure.
 
+mod glob;
 mod options;
 mod role;
+pub(crate) mod rules;
 mod source;
 mod template;
 
@@ -12,10 +14,12 @@ use crate::{
     credentials::{DEFAULT_DURATION, RoleSession},
 };
 use options::Options;
+use rules::{Allowance, Effect, Rules};
 use source::Names;
 
-pub(crate) use options::session_tag;
-pub(crate) use role::{Home, RoleArn, RoleBase, RoleSpec};
+pub(crate) use glob::Glob;
+pub(crate) use options::{check_policy_arns, duration, policy, session_tag};
+pub(crate) use role::{Home, INSTANCE, RoleArn, RoleBase, RoleSpec};
 pub(crate) use template::{Kind, Template};
 
 /// What the operator has said about roles.
@@ -30,6 +34,7 @@ pub(crate) struct Settings {
     pub(crate) require_imdsv2: bool,
     /// Names of containers that keep the real service.
     pub(crate) exempt: HashSet<String>,
+    pub(crate) rules: Rules,
     /// The host's name.
     pub(crate) host: String,
 }
@@ -101,21 +106,56 @@ impl Case<'_> {
         }
         self.origin(reasons)?;
         // First, lest a container with a wrong option answer requests that it meant to refuse.
-        let options = Options::read(container).inspect_err(|_| *require_imdsv2 = true)?;
+        let mut options = Options::read(container).inspect_err(|_| *require_imdsv2 = true)?;
         *require_imdsv2 |= options.require_imdsv2;
 
-        let Some(spec) = self.role(reasons)? else {
+        let rule = match self.rule(reasons) {
+            // Nothing is refused to who wants nothing.
+            Err(refusal) if ROLE.find(container).is_none() => {
+                reasons.push(refusal);
+                return Ok(Verdict::NoRole);
+            }
+            found => found?,
+        };
+        let Some(spec) = self.role(rule, reasons)? else {
             reasons.push("neither a label nor the environment nor the daemon names a role".to_owned());
             return Ok(Verdict::NoRole);
         };
-        let arn = spec.resolve(settings.role_base.as_ref(), home).map_err(|error| error.to_string())?;
-        let Some(arn) = arn else {
+        if spec == RoleSpec::Instance {
+            return match rule {
+                Some(rule) if rule.allows_instance() && options == Options::default() => Ok(Verdict::Instance),
+                Some(rule) if rule.allows_instance() => {
+                    Err("it has options, which nobody can see to if it has the host's own role".to_owned())
+                }
+                _ => Err("no rule allows it the host's own role (allow = [\"@instance\"])".to_owned()),
+            };
+        }
+        let base = settings.role_base.as_ref();
+        let arn = spec.resolve(base, home).map_err(|error| error.to_string())?;
+        // A short pattern of a rule waits for the account as a short name does.
+        let Some(arn) = arn.filter(|_| home.is_some() || base.is_some() || rule.is_none()) else {
             reasons.push("AWS has not told yet whose account the daemon is in".to_owned());
             return Ok(Verdict::Pending { name: spec.name().to_owned() });
         };
-        let session = self.session(&arn, options)?;
+        if let Some(rule) = rule {
+            if !rule.allows(&arn, base, home) {
+                return Err(format!("the rule does not allow role {arn}"));
+            }
+            rule.restrict(&mut options)?;
+        }
+        let session = self.session(&arn, options, rule)?;
         reasons.push(format!("role {arn}, session {}", session.session_name));
         Ok(Verdict::Role { arn, session })
+    }
+
+    /// None: everything is allowed.
+    fn rule(&self, reasons: &mut Vec<String>) -> Result<Option<&Allowance>, String> {
+        let Some(rule) = self.settings.rules.find(self.container)? else { return Ok(None) };
+        reasons.push(format!("{rule} matches"));
+        match &rule.effect {
+            Effect::Deny => Err("the rule denies it any role".to_owned()),
+            Effect::Allow(allowance) => Ok(Some(allowance)),
+        }
     }
 
     /// Whether it can be told what the container's starter has said, and what of the rest does not count.
@@ -137,19 +177,21 @@ impl Case<'_> {
         Ok(())
     }
 
-    fn role(&self, reasons: &mut Vec<String>) -> Result<Option<RoleSpec>, String> {
+    fn role(&self, rule: Option<&Allowance>, reasons: &mut Vec<String>) -> Result<Option<RoleSpec>, String> {
         if let Some((source, value)) = ROLE.find(self.container) {
             let spec = value.parse().map_err(|error| format!("{source}: {error}"))?;
             reasons.push(format!("role {value} from {source}"));
             return Ok(Some(spec));
         }
-        if self.settings.default_role.is_some() {
-            reasons.push("the default role".to_owned());
+        let of_rule = rule.and_then(|rule| rule.default_role.as_ref());
+        let default = of_rule.or(self.settings.default_role.as_ref());
+        if default.is_some() {
+            reasons.push(format!("the default role{}", if of_rule.is_some() { " of the rule" } else { "" }));
         }
-        Ok(self.settings.default_role.clone())
+        Ok(default.cloned())
     }
 
-    fn session(&self, arn: &RoleArn, options: Options) -> Result<RoleSession, String> {
+    fn session(&self, arn: &RoleArn, options: Options, rule: Option<&Allowance>) -> Result<RoleSession, String> {
         let Self { container, settings, home } = *self;
         let duration = options.duration.unwrap_or(DEFAULT_DURATION);
         if duration > DEFAULT_DURATION && home.is_some_and(|home| home.chained) {
@@ -163,7 +205,11 @@ impl Case<'_> {
         if session_name.len() < 2 {
             return Err(format!("the session name {session_name:?} is shorter than the 2 characters that AWS wants"));
         }
-        let mut tags = settings.session_tags.clone();
+        let mut tags = rule.map(|rule| rule.tags.clone()).unwrap_or_default();
+        let of_rule = tags.len();
+        let replaced = |key: &str| tags[..of_rule].iter().any(|(other, _)| options::same_key(other, key));
+        let of_all = settings.session_tags.iter().filter(|(key, _)| !replaced(key)).cloned().collect::<Vec<_>>();
+        tags.extend(of_all);
         add_tags(&mut tags, options.session_tags)?;
         let render = |(key, value): (String, Template)| (key, value.render(container, &settings.host));
         Ok(RoleSession {

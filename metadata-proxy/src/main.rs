@@ -36,10 +36,10 @@ fn main() -> ExitCode {
         Err(help) => return if help.print().is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE },
     };
     let result = match cli.command {
-        Command::Run(run) => match Config::resolve(run) {
+        Command::Run(run) => match Config::resolve(run.clone()) {
             Ok(config) => {
                 start_log(&config);
-                app::run(config)
+                app::run(config, move || Config::resolve(run.clone()))
             }
             Err(error) => return refuse(&error.to_string()),
         },

@@ -32,7 +32,7 @@ use tracing::{debug, info, warn};
 use crate::{
     containers::{EngineError, Registry},
     credentials::{Failure, RoleSession, Store},
-    identity::RoleArn,
+    identity::{RoleArn, Verdict},
     imds::{
         Action, Caller, Forward, IamRequest, Imds, Response,
         iam::{self, CredentialDocument, IamFailure},
@@ -137,6 +137,12 @@ impl Server {
     async fn answer_container(&self, head: &Parts, workload: &Workload, now: Timestamp) -> Response {
         workload.activity.saw(head.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()));
         let standing = workload.standing();
+        if standing.decision.verdict == Verdict::Instance {
+            // It connected before the kernel knew, or before a rule said so; its next connection is let through.
+            let mut answer = response::empty(StatusCode::SERVICE_UNAVAILABLE, now);
+            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            return answer;
+        }
         let caller = Caller {
             id: &workload.container.id,
             role: standing.role_name(),

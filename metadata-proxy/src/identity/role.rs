@@ -141,9 +141,37 @@ impl FromStr for RoleBase {
     }
 }
 
+/// Where a role named without an ARN is.
+pub(super) struct Place<'a> {
+    partition: &'a str,
+    account: &'a str,
+    path: &'a str,
+}
+
+/// None while nobody knows whose account the daemon is in.
+pub(super) fn place<'a>(base: Option<&'a RoleBase>, home: Option<&'a Home>) -> Option<Place<'a>> {
+    match (base, home) {
+        (Some(base), _) => Some(Place { partition: &base.partition, account: &base.account, path: &base.path }),
+        (None, Some(home)) => Some(Place { partition: &home.partition, account: &home.account, path: "" }),
+        (None, None) => None,
+    }
+}
+
+impl Place<'_> {
+    pub(super) fn arn(&self, name: &str, account: Option<&str>) -> String {
+        let Self { partition, account: own, path } = self;
+        format!("arn:{partition}:iam::{}:role/{path}{name}", account.unwrap_or(own))
+    }
+}
+
+/// How the host's own role is asked for. No role can be named so without an account.
+pub(crate) const INSTANCE: &str = "@instance";
+
 /// A role as somebody has named it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum RoleSpec {
+    /// The host's own, from the real service.
+    Instance,
     Arn(RoleArn),
     /// `[path/]name[@account]`
     Short {
@@ -156,6 +184,7 @@ impl RoleSpec {
     /// The bare name, which is known before the account is.
     pub(crate) fn name(&self) -> &str {
         match self {
+            Self::Instance => INSTANCE,
             Self::Arn(arn) => arn.name(),
             Self::Short { name, .. } => name.rsplit('/').next().unwrap_or_default(),
         }
@@ -164,16 +193,21 @@ impl RoleSpec {
     /// The role that is meant; None while nobody knows whose account the daemon is in.
     pub(crate) fn resolve(&self, base: Option<&RoleBase>, home: Option<&Home>) -> Result<Option<RoleArn>, BadRole> {
         let (name, account) = match self {
+            // None that could be assumed.
+            Self::Instance => return Ok(None),
             Self::Arn(arn) => return Ok(Some(arn.clone())),
             Self::Short { name, account } => (name, account.as_deref()),
         };
-        let (partition, own, path) = match (base, home) {
-            (Some(base), _) => (&base.partition, &base.account, base.path.as_str()),
-            (None, Some(home)) => (&home.partition, &home.account, ""),
-            (None, None) => return Ok(None),
-        };
-        let account = account.unwrap_or(own);
-        format!("arn:{partition}:iam::{account}:role/{path}{name}").parse().map(Some)
+        place(base, home).map(|place| place.arn(name, account).parse()).transpose()
+    }
+}
+
+/// `name[@account]`. `@` may be part of a name, but behind the last one, digits are meant as an account.
+pub(super) fn split_account(given: &str) -> (&str, Option<&str>) {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    match given.rsplit_once('@') {
+        Some((name, account)) if digits(account) => (name, Some(account)),
+        _ => (given, None),
     }
 }
 
@@ -184,15 +218,13 @@ impl FromStr for RoleSpec {
         if given.starts_with("arn:") {
             return given.parse().map(Self::Arn);
         }
-        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-        // `@` may be part of a name, but behind the last one, digits are meant as an account.
-        let (name, account) = match given.rsplit_once('@') {
-            Some((_, account)) if digits(account) && account.len() != ACCOUNT_DIGITS => {
-                return Err(BadRole::new(given, "the account is not 12 digits"));
-            }
-            Some((name, account)) if digits(account) => (name, Some(account)),
-            _ => (given, None),
-        };
+        if given == INSTANCE {
+            return Ok(Self::Instance);
+        }
+        let (name, account) = split_account(given);
+        if account.is_some_and(|account| account.len() != ACCOUNT_DIGITS) {
+            return Err(BadRole::new(given, "the account is not 12 digits"));
+        }
         let name = name.strip_prefix('/').unwrap_or(name);
         // In any place the same names are possible.
         let anywhere = format!("arn:aws:iam::000000000000:role/{name}").parse::<RoleArn>();

@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use super::*;
+use super::{
+    rules::{Matching, Rule},
+    *,
+};
 
 const ACCOUNT: &str = "arn:aws:iam::111122223333:user/metadata-proxy";
 
@@ -31,6 +34,7 @@ pub(super) fn settings(default: Option<&str>) -> Settings {
         session_tags: Vec::new(),
         require_imdsv2: false,
         exempt: HashSet::new(),
+        rules: Rules::default(),
         host: "host-1".to_owned(),
     }
 }
@@ -165,4 +169,101 @@ fn under_a_role_a_long_duration_is_refused_before_sts_does() {
 fn an_exempt_container_keeps_the_real_service_whatever_it_says() {
     let exempt = Settings { exempt: HashSet::from(["agent".to_owned()]), ..settings(Some("default")) };
     assert_eq!(judged(&container("agent", &[("metadata-proxy.role", "")], &[]), &exempt).verdict, Verdict::Instance);
+}
+
+/// Rules for containers by name.
+fn ruled(rules: Vec<(&str, Effect)>) -> Settings {
+    let rule = |(name, effect): (&str, Effect)| Rule {
+        place: "config.toml:1".into(),
+        matching: Matching { name: Some(serde_json::from_value(name.into()).unwrap()), ..Matching::default() },
+        effect,
+    };
+    let rules = Rules { rules: rules.into_iter().map(rule).collect(), unmatched_allowed: false };
+    Settings { rules, ..settings(None) }
+}
+
+fn allow(roles: &[&str], rest: Allowance) -> Effect {
+    let allow = roles.iter().map(|role| role.parse().unwrap()).collect();
+    Effect::Allow(Box::new(Allowance { allow, ..rest }))
+}
+
+fn asks(name: &str, role: &str) -> Container {
+    container(name, &[("metadata-proxy.role", role)], &[])
+}
+
+#[test]
+fn the_first_rule_that_matches_holds() {
+    let settings = ruled(vec![
+        ("web-admin", Effect::Deny),
+        ("web-*", allow(&["web-*"], Allowance::default())),
+        ("*", allow(&["basic"], Allowance::default())),
+    ]);
+    let verdict = |name: &str, role: &str| judged(&asks(name, role), &settings).verdict;
+    assert_eq!(verdict("web-admin", "web-1"), Verdict::Refused);
+    assert!(matches!(verdict("web-1", "web-1"), Verdict::Role { .. }));
+    assert_eq!(verdict("web-1", "basic"), Verdict::Refused);
+    assert!(matches!(verdict("job", "basic"), Verdict::Role { .. }));
+    assert_eq!(verdict("job", "web-1@210987654321"), Verdict::Refused);
+}
+
+#[test]
+fn with_any_rule_unmatched_containers_get_nothing_unless_allowed() {
+    let mut settings = ruled(vec![("web", allow(&["*"], Allowance::default()))]);
+    assert_eq!(judged(&asks("job", "job"), &settings).verdict, Verdict::Refused);
+    assert_eq!(judged(&container("job", &[], &[]), &settings).verdict, Verdict::NoRole);
+    settings.rules.unmatched_allowed = true;
+    assert!(matches!(judged(&asks("job", "job"), &settings).verdict, Verdict::Role { .. }));
+}
+
+#[test]
+fn the_hosts_own_role_needs_a_rule_that_says_so() {
+    assert_eq!(judged(&asks("agent", "@instance"), &settings(None)).verdict, Verdict::Refused);
+    let settings = ruled(vec![
+        ("agent", allow(&["@instance"], Allowance::default())),
+        ("given", allow(&[], Allowance { default_role: Some(RoleSpec::Instance), ..Allowance::default() })),
+        ("*", allow(&["*", "arn:*"], Allowance::default())),
+    ]);
+    assert_eq!(judged(&asks("agent", "@instance"), &settings).verdict, Verdict::Instance);
+    assert_eq!(judged(&asks("other", "@instance"), &settings).verdict, Verdict::Refused);
+    assert_eq!(judged(&container("given", &[], &[]), &settings).verdict, Verdict::Instance);
+    let optional = [("metadata-proxy.role", "@instance"), ("metadata-proxy.policy", "{}")];
+    assert_eq!(judged(&container("agent", &optional, &[]), &settings).verdict, Verdict::Refused);
+    // Only who asks for it.
+    assert_eq!(judged(&container("agent", &[], &[]), &settings).verdict, Verdict::NoRole);
+}
+
+#[test]
+fn a_rule_gives_and_limits_and_forces() {
+    let rest = || Allowance {
+        default_role: Some("basic".parse().unwrap()),
+        max_duration: Some(Duration::from_secs(900)),
+        policy: Some("{}".into()),
+        tags: vec![session_tag("team", "a").unwrap()],
+        ..Allowance::default()
+    };
+    let mut settings = ruled(vec![("*", allow(&["web"], rest()))]);
+    settings.session_tags = vec![session_tag("Team", "all").unwrap(), session_tag("host", "{host}").unwrap()];
+    let decision = judged(&container("web", &[], &[]), &settings);
+    let Verdict::Role { session, .. } = decision.verdict else { panic!("{decision:?}") };
+    assert_eq!(session.role_arn, "arn:aws:iam::111122223333:role/basic");
+    assert_eq!((session.duration.as_secs(), session.policy.as_deref()), (900, Some("{}")));
+    let tags: Vec<_> = session.tags.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    assert_eq!(tags, ["team=a", "host=host-1"]);
+    for (label, value) in [
+        ("metadata-proxy.duration", "1h"),
+        ("metadata-proxy.policy", "{}"),
+        ("metadata-proxy.policy-arns", "arn:aws:iam::aws:policy/x"),
+        ("metadata-proxy.session-tags", "TEAM=b"),
+    ] {
+        let decision = judged(&container("web", &[(label, value)], &[]), &settings);
+        assert_eq!(decision.verdict, Verdict::Refused, "{label}");
+    }
+}
+
+#[test]
+fn under_rules_even_a_full_arn_waits_for_the_account() {
+    let settings = ruled(vec![("*", allow(&["web"], Allowance::default()))]);
+    let container = asks("web", "arn:aws:iam::111122223333:role/web");
+    assert_eq!(decide(&container, &settings, None).verdict, Verdict::Pending { name: "web".into() });
+    assert!(matches!(judged(&container, &settings).verdict, Verdict::Role { .. }));
 }

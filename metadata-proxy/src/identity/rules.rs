@@ -1,0 +1,217 @@
+//! The operator's policy: rules in order, of which the first that matches a container holds.
+
+use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
+
+use super::{
+    glob::Glob,
+    options::Options,
+    role::{self, BadRole, Home, RoleArn, RoleBase, RoleSpec},
+    template::Template,
+};
+use crate::containers::Container;
+
+#[derive(Debug, Default)]
+pub(crate) struct Rules {
+    pub(crate) rules: Vec<Rule>,
+    /// Whether a container that no rule matches is treated as if there were none.
+    pub(crate) unmatched_allowed: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Rule {
+    /// Where it stands, for those who ask.
+    pub(crate) place: String,
+    pub(crate) matching: Matching,
+    pub(crate) effect: Effect,
+}
+
+/// All that are given must match.
+#[derive(Debug, Default)]
+pub(crate) struct Matching {
+    pub(crate) label: BTreeMap<String, Glob>,
+    pub(crate) name: Option<Glob>,
+    pub(crate) image: Option<Glob>,
+    pub(crate) compose_project: Option<Glob>,
+    pub(crate) ecs_cluster: Option<Glob>,
+    pub(crate) ecs_family: Option<Glob>,
+    pub(crate) network: Option<Glob>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Effect {
+    Deny,
+    Allow(Box<Allowance>),
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Allowance {
+    pub(crate) allow: Vec<Allowed>,
+    pub(crate) default_role: Option<RoleSpec>,
+    pub(crate) max_duration: Option<Duration>,
+    /// Forced upon the session.
+    pub(crate) policy: Option<String>,
+    pub(crate) policy_arns: Vec<String>,
+    pub(crate) tags: Vec<(String, Template)>,
+}
+
+/// What a rule lets a container have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Allowed {
+    /// `@instance`: the real service.
+    Instance,
+    /// A pattern of whole ARNs, beginning with `arn:`.
+    Arn(Glob),
+    /// A pattern that is completed as a role's short name is.
+    Short(Glob),
+}
+
+impl FromStr for Allowed {
+    type Err = BadRole;
+
+    fn from_str(given: &str) -> Result<Self, BadRole> {
+        if given.starts_with("arn:") {
+            return Ok(Self::Arn(Glob(given.to_owned())));
+        }
+        // What no role could be named like would match nothing, which nobody means.
+        match given.replace(['*', '?'], "x").parse()? {
+            RoleSpec::Instance => Ok(Self::Instance),
+            RoleSpec::Arn(_) | RoleSpec::Short { .. } => Ok(Self::Short(Glob(given.to_owned()))),
+        }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the rule at {}", self.place)
+    }
+}
+
+impl Rules {
+    /// The rule for a container: an error if it gets nothing, None if everything is allowed.
+    pub(super) fn find(&self, container: &Container) -> Result<Option<&Rule>, String> {
+        match self.rules.iter().find(|rule| rule.matching.covers(container)) {
+            Some(rule) => Ok(Some(rule)),
+            None if self.rules.is_empty() || self.unmatched_allowed => Ok(None),
+            None => Err("no rule matches it, and unmatched containers get no role (unmatched = \"allow\")".to_owned()),
+        }
+    }
+}
+
+impl Matching {
+    fn covers(&self, container: &Container) -> bool {
+        let label = |name: &str| container.labels.get(name).map(String::as_str);
+        let fits = |glob: &Option<Glob>, value: Option<&str>| {
+            glob.as_ref().is_none_or(|glob| value.is_some_and(|value| glob.matches(value)))
+        };
+        fits(&self.name, Some(&container.name))
+            && fits(&self.image, Some(&container.image))
+            && fits(&self.network, Some(&container.network))
+            && fits(&self.compose_project, label("com.docker.compose.project"))
+            && fits(&self.ecs_cluster, label("com.amazonaws.ecs.cluster"))
+            && fits(&self.ecs_family, label("com.amazonaws.ecs.task-definition-family"))
+            && self.label.iter().all(|(name, glob)| label(name).is_some_and(|value| glob.matches(value)))
+    }
+}
+
+impl Allowance {
+    pub(super) fn allows_instance(&self) -> bool {
+        self.allow.contains(&Allowed::Instance) || self.default_role == Some(RoleSpec::Instance)
+    }
+
+    /// Whether a role may be had. Short patterns match nothing while their place is not known.
+    pub(super) fn allows(&self, arn: &RoleArn, base: Option<&RoleBase>, home: Option<&Home>) -> bool {
+        let is_default = self
+            .default_role
+            .as_ref()
+            .is_some_and(|role| role.resolve(base, home).is_ok_and(|role| role.as_ref() == Some(arn)));
+        is_default
+            || self.allow.iter().any(|allowed| match allowed {
+                Allowed::Instance => false,
+                Allowed::Arn(glob) => glob.matches(arn.as_str()),
+                Allowed::Short(glob) => {
+                    role_pattern(&glob.0, base, home).is_some_and(|pattern| pattern.matches(arn.as_str()))
+                }
+            })
+    }
+
+    /// What the rule puts upon the container's options. What would undo it refuses the role.
+    pub(super) fn restrict(&self, options: &mut Options) -> Result<(), String> {
+        if let Some(most) = self.max_duration {
+            if options.duration.is_some_and(|asked| asked > most) {
+                return Err(format!("it asks for more than max-duration, {} s", most.as_secs()));
+            }
+            options.duration = Some(options.duration.unwrap_or(most.min(crate::credentials::DEFAULT_DURATION)));
+        }
+        if self.policy.is_some() || !self.policy_arns.is_empty() {
+            // A session may do what any of its policies allows: one more would widen it.
+            if options.policy.is_some() || !options.policy_arns.is_empty() {
+                return Err("it brings a session policy, and so does the rule".to_owned());
+            }
+            options.policy.clone_from(&self.policy);
+            options.policy_arns.clone_from(&self.policy_arns);
+        }
+        Ok(())
+    }
+}
+
+fn role_pattern(short: &str, base: Option<&RoleBase>, home: Option<&Home>) -> Option<Glob> {
+    let (name, account) = role::split_account(short);
+    role::place(base, home).map(|place| Glob(place.arn(name, account)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::tests::container;
+
+    fn glob(text: &str) -> Option<Glob> {
+        Some(Glob(text.to_owned()))
+    }
+
+    #[test]
+    fn all_that_is_given_must_match() {
+        let labels = [
+            ("team", "web"),
+            ("com.docker.compose.project", "shop"),
+            ("com.amazonaws.ecs.cluster", "prod"),
+            ("com.amazonaws.ecs.task-definition-family", "family"),
+        ];
+        let container = container("web-1", &labels, &[]);
+        let matching = || Matching {
+            label: BTreeMap::from([("team".to_owned(), Glob("w*".into()))]),
+            name: glob("web-*"),
+            image: glob("registry/app:*"),
+            compose_project: glob("shop"),
+            ecs_cluster: glob("prod"),
+            ecs_family: glob("fam*"),
+            network: glob("bridge"),
+        };
+        assert!(matching().covers(&container) && Matching::default().covers(&container));
+        for wrong in [
+            Matching { label: BTreeMap::from([("other".to_owned(), Glob("*".into()))]), ..matching() },
+            Matching { name: glob("job-*"), ..matching() },
+            Matching { image: glob("app"), ..matching() },
+            Matching { compose_project: glob("x"), ..matching() },
+            Matching { ecs_cluster: glob("x"), ..matching() },
+            Matching { ecs_family: glob("x"), ..matching() },
+            Matching { network: glob("host"), ..matching() },
+        ] {
+            assert!(!wrong.covers(&container), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn patterns_of_roles_are_completed_as_roles_are() {
+        let base: RoleBase = "arn:aws:iam::123456789012:role/containers/".parse().unwrap();
+        let allows = |pattern: &str, role: &str| {
+            let allowance = Allowance { allow: vec![pattern.parse().unwrap()], ..Allowance::default() };
+            allowance.allows(&role.parse().unwrap(), Some(&base), None)
+        };
+        let web = "arn:aws:iam::123456789012:role/containers/web-1";
+        assert!(allows("web-*", web) && allows("*", web) && allows(web, web) && allows("arn:*", web));
+        let elsewhere = "arn:aws:iam::210987654321:role/containers/web-1";
+        assert!(!allows("*", elsewhere) && allows("*@210987654321", elsewhere) && allows("arn:*", elsewhere));
+        assert!(!allows("*", "arn:aws:iam::123456789012:role/admin") && !allows("web", web));
+        assert!(!allows("@instance", web));
+    }
+}

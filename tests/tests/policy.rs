@@ -1,0 +1,233 @@
+//! The operator's rules: who may have which role, also when they change under running containers.
+
+use std::{
+    fs,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use metadata_proxy_tests::{
+    host::{Container, ContainerSpec, TestHost},
+    imds::HOST_ROLE,
+    stage::{Stage, daemon_options},
+};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::time::sleep;
+
+const ROLE_LABEL: &str = "metadata-proxy.role";
+const ROLE_LIST: &str = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+
+/// A stage whose daemon has a configuration file.
+struct Ruled {
+    stage: Stage,
+    file: PathBuf,
+}
+
+impl Ruled {
+    async fn start(rules: &str) -> Result<Self> {
+        let host = TestHost::start().await?;
+        let file = host.directory().join("config.toml");
+        fs::write(&file, rules)?;
+        let base = daemon_options().arg("--role-base").arg("arn:aws:iam::123456789012:role/");
+        let stage = Stage::on(host, base.arg("--config").arg(file.display().to_string())).await?;
+        Ok(Self { stage, file })
+    }
+
+    /// Another file, and SIGHUP; until the daemon has said `word` once more.
+    async fn reload(&mut self, rules: &str, word: &str) -> Result<()> {
+        fs::write(&self.file, rules)?;
+        let before = self.stage.daemon.log()?.matches(word).count();
+        let pid = Pid::from_raw(self.stage.daemon.pid().try_into()?).context("no process id")?;
+        kill_process(pid, Signal::HUP)?;
+        self.stage.daemon.wait_for(word, Duration::from_secs(5), |log| log.matches(word).count() > before).await
+    }
+
+    async fn idle(&self, name: &str, labels: &[(&str, &str)]) -> Result<Container> {
+        let spec = ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]);
+        self.stage.run(labels.iter().fold(spec, |spec, (label, value)| spec.label(label, value))).await
+    }
+}
+
+/// The role list; the status where there is none.
+async fn role(container: &Container) -> Result<String> {
+    let curl = ["/usr/bin/curl", "-sS", "--max-time", "20", "-w", "\n%{http_code}", ROLE_LIST];
+    let output = container.exec(curl).await?.success()?;
+    let (body, status) = output.rsplit_once('\n').context("no status")?;
+    Ok(if status == "200" { body.to_owned() } else { status.to_owned() })
+}
+
+async fn assert_role(container: &Container, expected: &str) -> Result<()> {
+    let role = role(container).await?;
+    ensure!(role == expected, "{}: {role} instead of {expected}", container.name());
+    Ok(())
+}
+
+const RULES: &str = r#"
+[[rule]]
+label = { team = "banned" }
+deny = true
+
+[[rule]]
+name = "web-*"
+allow = ["web/*"]
+default-role = "web/basic"
+max-duration = "15m"
+policy = '{"Version":"2012-10-17","Statement":[]}'
+tags = { team = "web" }
+
+[[rule]]
+image = "mp/host"
+network = "host"
+allow = ["agent"]
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_rule_that_matches_decides() -> Result<()> {
+    let ruled = Ruled::start(RULES).await?;
+    let started = ruled.idle("web-1", &[]).await?;
+    assert_role(&started, "basic").await?;
+    let calls = ruled.stage.sts.calls();
+    let call = calls.iter().find(|call| call.action == "AssumeRole").context("no AssumeRole")?;
+    for (parameter, value) in [
+        ("RoleArn", "arn:aws:iam::123456789012:role/web/basic"),
+        ("DurationSeconds", "900"),
+        ("Policy", r#"{"Version":"2012-10-17","Statement":[]}"#),
+        ("Tags.member.1.Key", "team"),
+        ("Tags.member.1.Value", "web"),
+    ] {
+        ensure!(call.parameters.get(parameter).is_some_and(|asked| asked == value), "{parameter}: {call:#?}");
+    }
+    for (name, labels, expected) in [
+        ("web-2", &[(ROLE_LABEL, "web/shop")][..], "shop"),
+        ("web-3", &[(ROLE_LABEL, "admin")], "404"),
+        ("web-4", &[("team", "banned")], "404"),
+        ("web-5", &[("metadata-proxy.duration", "1h")], "404"),
+        ("job", &[(ROLE_LABEL, "agent")], "404"),
+        ("plain", &[], "404"),
+        ("greedy", &[(ROLE_LABEL, "@instance")], "404"),
+    ] {
+        assert_role(&ruled.idle(name, labels).await?, expected).await?;
+    }
+    let spec = ContainerSpec::on_host("agent", ["/usr/bin/sleep", "600"]).label(ROLE_LABEL, "agent");
+    let agent = ruled.stage.run(spec.network(metadata_proxy_tests::host::Network::Host)).await?;
+    assert_role(&agent, "agent").await?;
+    let log = ruled.stage.daemon.log()?;
+    for words in
+        ["config.toml:6 matches", "does not allow role arn:aws:iam::123456789012:role/admin", "no rule matches it"]
+    {
+        ensure!(log.contains(words), "no {words:?} in:\n{log}");
+    }
+    ensure!(ruled.stage.sts.assume_role_calls("arn:aws:iam::123456789012:role/admin") == 0, "STS was asked");
+    ruled.stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_hosts_own_role_is_had_by_those_whom_a_rule_allows_it_and_no_longer() -> Result<()> {
+    const ALLOWED: &str = "[[rule]]\nname = 'agent'\nallow = ['@instance']\n";
+    let mut ruled = Ruled::start(ALLOWED).await?;
+    let agent = ruled.idle("agent", &[(ROLE_LABEL, "@instance")]).await?;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while role(&agent).await? != HOST_ROLE {
+        ensure!(Instant::now() < deadline, "the agent does not get the host's role");
+        sleep(Duration::from_millis(50)).await;
+    }
+    let other = ruled.idle("other", &[(ROLE_LABEL, "@instance")]).await?;
+    assert_role(&other, "404").await?;
+    ruled.reload("[[rule]]\nname = 'agent'\ndeny = true\n", "reloaded").await?;
+    assert_role(&agent, "404").await?;
+    ruled.reload(ALLOWED, "reloaded").await?;
+    assert_role(&agent, HOST_ROLE).await
+}
+
+/// Asks for the role list over one connection that it never opens again, and writes down what changes.
+const ONE_CONNECTION: &str = r#"
+import http.client, time
+connection = http.client.HTTPConnection("169.254.169.254", timeout=10)
+connection.connect()
+connection.auto_open = 0
+last = None
+while True:
+    connection.request("GET", "/latest/meta-data/iam/security-credentials/")
+    answer = connection.getresponse()
+    body = answer.read().decode()
+    now = body if answer.status == 200 else str(answer.status)
+    if now != last:
+        print(now, flush=True)
+    last = now
+    time.sleep(0.02)
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_withdraws_and_gives_at_once_over_connections_that_stay_open() -> Result<()> {
+    const ALLOWED: &str = "[[rule]]\nname = '*'\nallow = ['web', 'job']\n";
+    let mut ruled = Ruled::start(ALLOWED).await?;
+    let spec = ContainerSpec::on_host("web", ["/usr/bin/python3", "-c", ONE_CONNECTION]).label(ROLE_LABEL, "web");
+    let web = ruled.stage.run(spec).await?;
+    let job = ruled.idle("job", &[(ROLE_LABEL, "job")]).await?;
+    assert_role(&job, "job").await?;
+    told(&web, &["web"]).await?;
+
+    ruled.reload("[[rule]]\nname = '*'\nallow = ['job']\n", "reloaded").await?;
+    told(&web, &["web", "404"]).await?;
+    assert_role(&job, "job").await?;
+    ensure!(ruled.stage.sts.assume_role_calls("arn:aws:iam::123456789012:role/job") == 1, "what stays was asked again");
+
+    ruled.reload("[[rule]]\nname = '*'\nallow = ['web'\n", "the old configuration stays").await?;
+    ensure!(ruled.stage.daemon.log()?.contains("config.toml:3: "), "the mistake is not named");
+    assert_role(&job, "job").await?;
+
+    ruled.reload(ALLOWED, "reloaded").await?;
+    told_in_the_end(&web, "web").await?;
+    ruled.stage.assert_no_leak()
+}
+
+async fn told(container: &Container, expected: &[&str]) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let (output, errors) = container.output().await?;
+        // While STS has not answered.
+        let told: Vec<&str> = output.lines().filter(|line| *line != "503").collect();
+        if told == expected {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline && errors.is_empty(), "{told:?} instead of {expected:?}: {errors}");
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn told_in_the_end(container: &Container, expected: &str) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let (output, errors) = container.output().await?;
+        if output.lines().last() == Some(expected) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline && errors.is_empty(), "{output:?}: {errors}");
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_names_what_is_wrong_in_a_file() -> Result<()> {
+    let ruled = Ruled::start(RULES).await?;
+    let program =
+        std::env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN is not set; use `cargo xtask test`")?;
+    for (text, words) in [
+        ("[[rule]]\nname = 'x'\n", ":1: a rule says allow"),
+        ("\n[[rule]]\nallow = ['we b']\n", ":2: allow: "),
+        ("[[rule]]\nallow = ['web']\nnames = 'x'\n", ":3: unknown field `names`"),
+        ("unmatched = 'perhaps'\n", ":1: unknown variant `perhaps`"),
+    ] {
+        let file = ruled.stage.directory().join("broken.toml");
+        fs::write(&file, text)?;
+        let output = ruled.stage.command(&program).args(["check", "--config"]).arg(&file).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(64) && said.contains(&format!("broken.toml{words}")), "{said}");
+    }
+    let file = ruled.file.display().to_string();
+    let output = ruled.stage.command(&program).args(["check", "--config", &file]).output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(said.contains("3 rules"), "{said}");
+    Ok(())
+}
