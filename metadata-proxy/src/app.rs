@@ -1,6 +1,7 @@
 //! The composition root: builds everything from the configuration, runs it, and takes it down.
 
 use std::{
+    collections::HashSet,
     path::Path,
     sync::{Arc, RwLock},
     time::Duration,
@@ -100,8 +101,10 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let cgroup2 = preflight::cgroup2_mount()?;
     preflight::bpffs(&config.bpffs)?;
     preflight::tracefs()?;
-    let exempt: Vec<u64> =
+    let mut exempt: HashSet<u64> =
         config.exempt_cgroups.iter().map(|path| cgroup::id_at(&cgroup2, path)).collect::<Result<_, _>>()?;
+    // Else we would ask ourselves for what the real service is to say.
+    exempt.extend(cgroup::of_our_container(&cgroup2));
     // Before anything is attached: without an engine nobody could be told apart.
     let engine = Engine::connect(&config.docker_host, config.trust_image_metadata).await?;
 
@@ -124,6 +127,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         listeners: Arc::clone(&listeners),
         credentials: Arc::clone(&credentials),
         known: RwLock::new(Known { settings: config.identity, home: None }),
+        exempt_cgroups: exempt,
     });
     let admit = Arc::clone(&workloads);
     let registry = Arc::new(Registry::new(engine, cgroup2, move |container| admit.admit(container)));
@@ -252,7 +256,7 @@ async fn sweep(listeners: Arc<Listeners>) {
 
 /// The containers' cgroups that were there before the programs: from then on the kernel itself notes
 /// them as they come and go.
-fn know_cgroups(interceptor: &Interceptor, cgroup2: &Path, exempt: &[u64]) -> anyhow::Result<()> {
+fn know_cgroups(interceptor: &Interceptor, cgroup2: &Path, exempt: &HashSet<u64>) -> anyhow::Result<()> {
     // In this order: one that is made meanwhile is in neither, and stays.
     let known = interceptor.cgroups();
     let existing = cgroup::all(cgroup2);

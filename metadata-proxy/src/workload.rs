@@ -1,6 +1,9 @@
 //! A running container and everything the daemon does for it. All of it ends when this is dropped.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+};
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
@@ -19,6 +22,8 @@ pub(crate) struct Workloads {
     pub(crate) listeners: Arc<Listeners>,
     pub(crate) credentials: Arc<Store>,
     pub(crate) known: RwLock<Known>,
+    /// Cgroups that keep the real service: a container's may be among them, and our own is.
+    pub(crate) exempt_cgroups: HashSet<u64>,
 }
 
 /// What decisions are made from, beside the container.
@@ -69,11 +74,7 @@ impl Workload {
 
 impl Workloads {
     pub(crate) fn admit(&self, container: Container) -> Workload {
-        let standing = {
-            let known = self.known();
-            let decision = identity::decide(&container, &known.settings, known.home.as_ref());
-            RwLock::new(Arc::new(self.enact(&container, decision)))
-        };
+        let standing = RwLock::new(Arc::new(self.enact(&container, self.decide(&container))));
         let listener = CancellationToken::new();
         tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
         Workload { container, activity: Activity::default(), standing, _listener: listener.drop_guard() }
@@ -84,10 +85,7 @@ impl Workloads {
         let container = &workload.container;
         // Locked before anything is read, so that of two who do this the later has the last word.
         let mut standing = workload.standing.write().unwrap_or_else(PoisonError::into_inner);
-        let decision = {
-            let known = self.known();
-            identity::decide(container, &known.settings, known.home.as_ref())
-        };
+        let decision = self.decide(container);
         if decision != standing.decision {
             *standing = Arc::new(self.enact(container, decision));
         }
@@ -97,6 +95,15 @@ impl Workloads {
     pub(crate) fn learn(&self, change: impl FnOnce(&mut Known)) {
         let mut known: RwLockWriteGuard<'_, Known> = self.known.write().unwrap_or_else(PoisonError::into_inner);
         change(&mut known);
+    }
+
+    fn decide(&self, container: &Container) -> Decision {
+        if self.exempt_cgroups.contains(&container.cgroup) {
+            let reasons = vec!["its cgroup is exempt: it keeps the real metadata service".to_owned()];
+            return Decision { verdict: Verdict::Instance, require_imdsv2: false, reasons };
+        }
+        let known = self.known();
+        identity::decide(container, &known.settings, known.home.as_ref())
     }
 
     fn known(&self) -> RwLockReadGuard<'_, Known> {

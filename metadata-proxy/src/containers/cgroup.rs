@@ -51,6 +51,12 @@ pub(crate) fn all(cgroup2: &Path) -> HashSet<u64> {
     found
 }
 
+/// The id of our own container's cgroup, if we run in one.
+pub(crate) fn of_our_container(cgroup2: &Path) -> Option<u64> {
+    let path = path_of(std::process::id()).ok()?;
+    id_of(cgroup2, &cut_at(&path, |component| container_id(component).is_some())?).ok()
+}
+
 /// The id of the cgroup at this path, absolute or below the mount.
 pub(crate) fn id_at(cgroup2: &Path, path: &Path) -> anyhow::Result<u64> {
     if path.starts_with(cgroup2) {

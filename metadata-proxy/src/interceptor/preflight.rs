@@ -16,15 +16,15 @@ use tracing::info;
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 const CGROUP2_MAGIC: u64 = 0x6367_7270;
 
-/// What the daemon needs to do its work, and for what.
-const CAPABILITIES: [(CapabilitySet, &str, &str); 4] = [
+/// What the daemon needs to do its work, and for what. CAP_BPF is not among it: to the kernel CAP_SYS_ADMIN includes it,
+/// and Docker before 23 cannot give it to a container, not even to a privileged one.
+const CAPABILITIES: [(CapabilitySet, &str, &str); 3] = [
     (
         CapabilitySet::SYS_ADMIN,
         "CAP_SYS_ADMIN",
-        "to enter the containers' network namespaces and to attach BPF programs",
+        "to load and attach BPF programs, and to enter the containers' network namespaces",
     ),
     (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN", "to attach network BPF programs"),
-    (CapabilitySet::BPF, "CAP_BPF", "to load BPF programs"),
     (CapabilitySet::SYS_PTRACE, "CAP_SYS_PTRACE", "to find a container's network namespace in /proc"),
 ];
 
