@@ -294,6 +294,35 @@ mod tests {
         assert_eq!(error.lines().count(), 1, "{error}");
     }
 
+    const EXAMPLE: &str = include_str!("../../examples/config.toml");
+
+    #[test]
+    fn the_example_says_the_defaults() {
+        let (example, defaults) = (with_file(EXAMPLE, &[]).unwrap(), resolve(&[]).unwrap());
+        assert_eq!(format!("{example:?}"), format!("{defaults:?}"));
+    }
+
+    #[test]
+    fn the_example_has_every_option_and_no_other() {
+        let uncomment = |line: &'static str| match line.strip_prefix('#') {
+            Some(option) if option.starts_with(|c: char| c.is_ascii_lowercase() || c == '[') => option,
+            _ => line,
+        };
+        let all: String = EXAMPLE.lines().map(|line| uncomment(line).to_owned() + "\n").collect();
+        // Unknown keys are errors.
+        toml::from_str::<File>(&all).unwrap();
+        let all: toml::Table = toml::from_str(&all).unwrap();
+        let tables = || all.iter().chain(["upstream", "exempt"].iter().flat_map(|name| all[*name].as_table().unwrap()));
+        let run = <Cli as clap::CommandFactory>::command().find_subcommand("run").unwrap().clone();
+        for flag in run.get_arguments().filter_map(clap::Arg::get_long) {
+            // Two are flags only; one may be repeated, and is a list in the file.
+            let name = if flag == "exempt-cgroup" { "cgroups" } else { flag };
+            assert!(["config", "admin-socket"].contains(&flag) || tables().any(|(key, _)| key == name), "no {name}");
+        }
+        let simulate = all["simulate"].as_table().unwrap();
+        assert_eq!(simulate.len(), 9, "{simulate:?}");
+    }
+
     #[test]
     fn a_bad_rule_is_named_by_its_line() {
         for (rule, expected) in [

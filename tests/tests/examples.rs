@@ -137,6 +137,53 @@ async fn a_daemon_in_a_container_keeps_the_real_service() -> Result<()> {
     Ok(())
 }
 
+/// What the unit leaves to the daemon is enough: its capabilities, a /sys that cannot be written to but for the bpffs, a
+/// read-only /usr. What systemd does by seccomp is not tried here.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_daemon_runs_with_what_the_unit_leaves_to_it() -> Result<()> {
+    const HARDEN: &str = r#"
+set -e
+mount -o remount,bind,ro /sys
+mount --bind -o ro /usr /usr
+exec setpriv --no-new-privs --inh-caps -all --bounding-set "$1" "$2" run --simulate --cgroup "$3" --docker-host "$4"
+"#;
+    let unit = std::fs::read_to_string(example("metadata-proxy.service"))?;
+    let capabilities =
+        unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).context("no such line")?;
+    let capabilities =
+        capabilities.to_lowercase().split(' ').map(|name| name.replace("cap_", ",+")).collect::<String>();
+    let host = TestHost::start().await?;
+    let (imds, _sts) = (stage::start_imds(&host)?, stage::start_sts(&host)?);
+    let log = host.directory().join("hardened.log");
+    let mut daemon = host
+        .command("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", HARDEN, "sh"])
+        .args([format!("-all{capabilities}"), variable("METADATA_PROXY_BIN")?])
+        .arg(host.machine().inner_cgroup())
+        .arg(format!("unix://{}", host.engine().socket().display()))
+        .envs(daemon_options().env)
+        .stderr(std::fs::File::create(&log)?)
+        .spawn()?;
+    let outcome = async {
+        for _ in 0..200 {
+            if std::fs::read_to_string(&log)?.contains("ready: ") {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        let web = app(&host, "web").await?;
+        assert_eq!(get(&web, ROLES).await?, "app");
+        assert_eq!(get(&web, "instance-id").await?, "i-00000000000000001");
+        anyhow::Ok(())
+    };
+    let outcome = outcome.await;
+    daemon.kill()?;
+    daemon.wait()?;
+    outcome.with_context(|| std::fs::read_to_string(&log).unwrap_or_default())?;
+    assert!(imds.requests().is_empty(), "{:#?}", imds.requests());
+    Ok(())
+}
+
 #[test]
 fn the_compose_files_app_needs_a_label_and_nothing_else() -> Result<()> {
     let compose = compose()?;
