@@ -29,7 +29,7 @@ use jiff::Timestamp;
 use secrecy::SecretString;
 
 pub(crate) use failure::Failure;
-pub(crate) use store::{Hold, SessionState, Settings, Store};
+pub(crate) use store::{Hold, Settings, Store};
 pub(crate) use sts::Aws;
 
 /// What STS grants when nobody asks for anything else.
@@ -76,6 +76,15 @@ pub(crate) struct Credentials {
     pub(crate) session_token: SecretString,
     pub(crate) last_updated: Timestamp,
     pub(crate) expiration: Timestamp,
+}
+
+/// What there is to say of a role session.
+#[derive(Debug, Default)]
+pub(crate) struct SessionState {
+    /// Of the credentials that are served now.
+    pub(crate) expiration: Option<Timestamp>,
+    /// Of the last attempt to get or renew them.
+    pub(crate) failure: Option<Failure>,
 }
 
 /// Whoever turns a role into credentials: STS, or a stand-in for it in tests and simulations.

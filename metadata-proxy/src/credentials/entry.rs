@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Credentials, Failure, RoleSession, store::SessionState};
+use super::{Credentials, Failure, RoleSession, SessionState};
 
 /// What the keeper of an entry is doing.
 #[derive(Clone, Debug)]

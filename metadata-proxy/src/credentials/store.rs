@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::entry::Entry;
-use super::{Clock, Credentials, Failure, RoleSession, Sts, keeper};
+use super::{Clock, Credentials, Failure, RoleSession, SessionState, Sts, keeper};
 
 pub(crate) struct Settings {
     /// Calls of STS at the same time, over all keys. A host that starts 200 containers at once is served in 200/16 round
@@ -98,15 +98,6 @@ impl Store {
         self.shared.entry(&key, 1).nudge(self.shared.now());
         Hold { shared: Arc::clone(&self.shared), key }
     }
-}
-
-/// What there is to say of a role session.
-#[derive(Debug, Default)]
-pub(crate) struct SessionState {
-    /// Of the credentials that are served now.
-    pub(crate) expiration: Option<Timestamp>,
-    /// Of the last attempt to get or renew them.
-    pub(crate) failure: Option<Failure>,
 }
 
 impl Store {
