@@ -8,6 +8,7 @@ mod vm;
 use std::{
     env,
     ffi::OsString,
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -56,7 +57,12 @@ fn main() -> anyhow::Result<()> {
     match Task::parse() {
         Task::BuildEbpf => build::ebpf().map(drop),
         Task::Build { release } => build::daemon(release).map(drop),
-        Task::Run { args } => run(Command::new(build::daemon(false)?).args(args)),
+        // As if it had been started by hand, its exit status included.
+        Task::Run { args } => {
+            let daemon = build::daemon(false)?;
+            let error = Command::new(&daemon).args(args).exec();
+            bail!("cannot run {}: {error}", daemon.display())
+        }
         Task::Demo => test::show("demo"),
         Task::Handover => test::show("handover"),
         Task::Bench => test::bench(),
