@@ -231,8 +231,11 @@ impl<W: Send + Sync + 'static> Registry<W> {
     }
 
     fn dismiss(&self, id: &str) {
-        let Some(entry) = self.write().remove(id) else { return };
+        // Both under one lock, or an admission in between would lose its cgroup.
+        let mut entries = self.write();
+        let Some(entry) = entries.remove(id) else { return };
         self.write_cgroups().remove(&entry.cgroup);
+        drop(entries);
         info!(id = short(id), cgroup = entry.cgroup, "container stopped");
     }
 

@@ -7,7 +7,7 @@
 pub(crate) mod netns;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -31,6 +31,8 @@ pub(crate) struct Listeners {
     interceptor: Arc<Interceptor>,
     worker: netns::Worker,
     open: Mutex<HashMap<u64, Open>>,
+    /// Namespaces for which the kernel has asked and that are being seen to.
+    opening: Mutex<HashSet<u64>>,
     /// What the daemon before us has published, until we know which of it nobody needs.
     inherited: Mutex<HashMap<u64, u16>>,
     connections: mpsc::Sender<Connection>,
@@ -48,6 +50,8 @@ struct Open {
 /// Listeners that the kernel asked for and no container holds. Whoever can make namespaces could ask
 /// for any number; containers do not depend on these, for theirs are opened when they start.
 const STRANGERS: usize = 1024;
+/// How long the closing of all listeners may take.
+const CLOSED: Duration = Duration::from_secs(1);
 /// How long to wait for a listener that is just being closed.
 const CLOSING: (u32, Duration) = (50, Duration::from_millis(5));
 
@@ -63,8 +67,9 @@ impl Listeners {
         let inherited = interceptor.listeners();
         // Connections that have been held since the last daemon ended wait for its very ports.
         let worker = netns::Worker::start(inherited.clone(), move |socket| Ok(kernel.mark_listener(socket)?))?;
-        let (open, tasks, inherited) = (Mutex::default(), TaskTracker::new(), Mutex::new(inherited));
-        Ok(Arc::new(Self { interceptor, worker, open, inherited, connections, tasks }))
+        let (open, opening, inherited) = (Mutex::default(), Mutex::default(), Mutex::new(inherited));
+        let tasks = TaskTracker::new();
+        Ok(Arc::new(Self { interceptor, worker, open, opening, inherited, connections, tasks }))
     }
 
     /// Opens listeners as the kernel asks for them, until the ring buffer fails.
@@ -78,12 +83,17 @@ impl Listeners {
                 debug!("no listener in network namespace {netns}: too many that belong to no container");
                 continue;
             }
+            // One attempt at a time for each namespace: a held connection asks again with each SYN.
+            if !self.opening().insert(netns) {
+                continue;
+            }
             let listeners = Arc::clone(&self);
             self.tasks.spawn(async move {
                 if let Err(error) = listeners.ensure(pid).await {
                     // The process may simply be gone.
                     debug!("no listener in the network namespace {netns} of process {pid}: {error:#}");
                 }
+                listeners.opening().remove(&netns);
             });
         }
     }
@@ -194,6 +204,10 @@ impl Listeners {
         }
     }
 
+    fn opening(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.opening.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn unheld(&self) -> usize {
         self.lock().values().filter(|open| open.holds == 0).count()
     }
@@ -234,7 +248,10 @@ impl Listeners {
             self.close(netns);
         }
         self.tasks.close();
-        self.tasks.wait().await;
+        // One that was being opened just now may stay; it ends with the process.
+        if tokio::time::timeout(CLOSED, self.tasks.wait()).await.is_err() {
+            debug!("a listener was opened while the others were closed");
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Open>> {

@@ -77,7 +77,7 @@ async fn a_container_that_floods_costs_no_other_its_identity() -> Result<()> {
     for victim in &victims {
         let output = victim.wait().await?.success()?;
         let report: Report = serde_json::from_str(output.trim()).with_context(|| output.clone())?;
-        eprintln!("{}: {report:?}", victim.name());
+        eprintln!("{}: {:?}, worst {:.0} ms, {:?}", victim.name(), report.answers, report.worst_ms, report.errors);
         let right = report.answers.get(victim.name()).copied().unwrap_or_default();
         // Whoever shares the attacker's namespace shares its listener's queue: late, or not at all, but
         // never with another's role.

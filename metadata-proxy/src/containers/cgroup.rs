@@ -15,7 +15,10 @@ use anyhow::{Context as _, bail};
 pub(crate) fn of_container(pid: u32, id: &str, cgroup2: &Path) -> anyhow::Result<u64> {
     let path = path_of(pid)?;
     // The process may have moved below its container's cgroup, as systemd does.
-    let Some(own) = cut_at(&path, |component| component.contains(id)) else {
+    // The topmost name counts: what lies below a container's cgroup, it names as it likes.
+    let own = cut_at(&path, |component| container_id(component).is_some());
+    let Some(own) = own.filter(|own| own.iter().next_back().is_some_and(|name| name.to_string_lossy().contains(id)))
+    else {
         bail!("process {pid} is in cgroup {}, which is not this container's", path.display());
     };
     id_of(cgroup2, &own)
