@@ -16,7 +16,7 @@ use http::{
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
-    rt::{TokioExecutor, TokioTimer},
+    rt::TokioExecutor,
 };
 use tokio::time::timeout;
 use tracing::debug;
@@ -81,10 +81,9 @@ impl Upstream {
     pub(crate) fn new(endpoint: Uri) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        let client = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(Duration::from_secs(5))
-            .pool_timer(TokioTimer::new())
-            .build(connector);
+        // The real service closes after each answer. A connection kept for the next request may be closed
+        // just as that is sent, which then fails for no reason that a client could understand.
+        let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
         Self { client, endpoint, session: Mutex::default() }
     }
 
