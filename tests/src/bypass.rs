@@ -6,7 +6,6 @@
 //! recorded, and for packets that are no HTTP requests by a witness of packets. That the way leads there
 //! at all is proven too: each was tried before the daemon was started.
 
-mod cloud;
 mod disruption;
 mod scenarios;
 mod scene;

@@ -2,6 +2,7 @@
 
 pub mod bypass;
 pub mod clients;
+pub mod cloud;
 pub mod handover;
 pub mod host;
 pub mod imds;

@@ -1,74 +1,14 @@
 //! Frames that a packet socket writes, past connect(2) and past the cgroup's hooks, do not leave the
 //! host for the real service. Here it is on the other side of an uplink, as it is on EC2.
 
-use std::{
-    process::{Child, Command},
-    time::{Duration, Instant},
-};
+use std::{process::Command, time::Duration};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use metadata_proxy_tests::{
+    cloud::Cloud,
     host::{ContainerSpec, Network, TestHost},
     stage::{self, daemon_options},
 };
-
-/// The network beyond the host: a namespace at the other end of `up0`, with the address.
-struct Cloud {
-    process: Child,
-}
-
-impl Cloud {
-    fn make(host: &TestHost) -> Result<Self> {
-        let process = host.command("unshare").args(["--net", "sleep", "600"]).spawn()?;
-        let cloud = Self { process };
-        let own = std::fs::read_link("/proc/self/ns/net")?;
-        let host_ns = std::fs::read_link(format!("/proc/{}/ns/net", host.machine().holder()))?;
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while [own.clone(), host_ns.clone()].contains(&cloud.namespace()?) {
-            ensure!(Instant::now() < deadline, "no namespace beyond the host");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        let pid = cloud.process.id().to_string();
-        for line in [
-            &format!("link add up0 type veth peer name cloud0 netns {pid}") as &str,
-            "address del 169.254.169.254/32 dev lo",
-            "address add 198.51.100.1/30 dev up0",
-            "link set up0 up",
-        ] {
-            run(host.command("ip").args(line.split(' ')))?;
-        }
-        for line in [
-            "link set lo up",
-            "link set cloud0 up",
-            "address add 198.51.100.2/30 dev cloud0",
-            "address add 169.254.169.254/32 dev lo",
-            "route add default via 198.51.100.1",
-        ] {
-            run(host.command("nsenter").args(["-t", &pid, "-n", "ip"]).args(line.split(' ')))?;
-        }
-        run(host.command("ip").args(["route", "add", "169.254.169.254/32", "via", "198.51.100.2"]))?;
-        Ok(cloud)
-    }
-
-    fn namespace(&self) -> Result<std::path::PathBuf> {
-        std::fs::read_link(format!("/proc/{}/ns/net", self.process.id())).context("the cloud's process is gone")
-    }
-
-    /// IP packets that have arrived beyond the host (`InReceives` of /proc/net/snmp).
-    fn received(&self) -> Result<u64> {
-        let path = format!("/proc/{}/net/snmp", self.process.id());
-        let text = std::fs::read_to_string(path)?;
-        let values = text.lines().filter_map(|line| line.strip_prefix("Ip: ")).nth(1).context("no Ip: line")?;
-        Ok(values.split(' ').nth(2).context("no InReceives")?.parse()?)
-    }
-}
-
-impl Drop for Cloud {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
 
 fn run(command: &mut Command) -> Result<()> {
     let output = command.output()?;

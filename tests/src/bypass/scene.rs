@@ -12,12 +12,12 @@ use futures_util::future::try_join_all;
 
 use super::{
     Report, Row, Seen,
-    cloud::Cloud,
     scenarios::Held,
     table::{Place, TABLE, Way},
     witness::Witness,
 };
 use crate::{
+    cloud::Cloud,
     host::{Container, ContainerSpec, Daemon, DaemonOptions, Finished, Network, TestHost},
     imds::Imds,
     stage::{self, daemon_options, role_arn},

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::Ipv6Addr, os::fd::OwnedFd};
 use anyhow::{Context as _, Result};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, recv, socket_with};
 
-use super::cloud::Cloud;
+use crate::cloud::Cloud;
 use crate::host::METADATA_V6;
 
 const IPV4: u16 = 0x0800;

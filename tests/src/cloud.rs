@@ -39,12 +39,12 @@ const BEYOND: [&str; 8] = [
     "route add default via 2001:db8:9::1",
 ];
 
-pub(super) struct Cloud {
+pub struct Cloud {
     process: Child,
 }
 
 impl Cloud {
-    pub(super) fn make(host: &TestHost) -> Result<Self> {
+    pub fn make(host: &TestHost) -> Result<Self> {
         let process = host.command("unshare").args(["--net", "sleep", "600"]).spawn().context("starting unshare")?;
         let cloud = Self { process };
         cloud.wait_for_namespace(host)?;
@@ -72,7 +72,7 @@ impl Cloud {
     }
 
     /// The stand-in for the real service.
-    pub(super) fn start_imds(&self) -> Result<Imds> {
+    pub fn start_imds(&self) -> Result<Imds> {
         let listen = || {
             let addresses = [format!("{METADATA_V4}:80"), format!("[{METADATA_V6}]:80")];
             addresses.iter().map(TcpListener::bind).collect::<std::io::Result<Vec<_>>>()
@@ -82,8 +82,15 @@ impl Cloud {
         Imds::start(listeners)
     }
 
+    /// IPv4 packets that have arrived beyond the host (`InReceives` of /proc/net/snmp).
+    pub fn received(&self) -> Result<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/net/snmp", self.process.id()))?;
+        let values = text.lines().filter_map(|line| line.strip_prefix("Ip: ")).nth(1).context("no Ip: line")?;
+        Ok(values.split(' ').nth(2).context("no InReceives")?.parse()?)
+    }
+
     /// Runs this in the namespace, on a thread of its own.
-    pub(super) fn inside<T: Send>(&self, run: impl FnOnce() -> T + Send) -> Result<T> {
+    pub fn inside<T: Send>(&self, run: impl FnOnce() -> T + Send) -> Result<T> {
         let path = PathBuf::from(format!("/proc/{}/ns/net", self.process.id()));
         let namespace = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
         let enter = || {
