@@ -122,8 +122,8 @@ pub enum Counter {
     Unknown,
     /// Requests for a listener that found the ring buffer full; the next SYN repeats them.
     WantedLost,
-    /// Cgroups of containers that found the map full: in the host's network namespace these are not
-    /// intercepted until the daemon knows them.
+    /// Cgroups named like containers' that found their map full. Those that the host has made are, in the
+    /// host's network namespace, not intercepted until the daemon knows them.
     CgroupsLost,
 }
 

@@ -4,10 +4,14 @@
 //! namespace only its cgroup tells, and an engine says that a container runs only after it does.
 //! Engines give the cgroup of a container its id as a name, 64 hexadecimal digits.
 
-use aya_ebpf::{EbpfContext as _, helpers::bpf_probe_read_kernel, programs::TracePointContext};
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::{bpf_probe_read_kernel, generated::bpf_get_current_ancestor_cgroup_id},
+    programs::TracePointContext,
+};
 use metadata_proxy_common::{CGROUP_CONTAINER, Counter};
 
-use crate::maps::{CGROUPS, cgroup_kind, count};
+use crate::maps::{CGROUPS, NESTED, cgroup_kind, count};
 
 /// The fields of `cgroup:cgroup_mkdir` and `cgroup:cgroup_rmdir`, the same since Linux 5.9 (their
 /// `format` in tracefs).
@@ -19,12 +23,19 @@ const DIGITS: usize = 64;
 /// After the digits where systemd manages the cgroups: `docker-<id>.scope`.
 const SUFFIX: [u8; 6] = *b".scope";
 const TAIL: usize = DIGITS + SUFFIX.len();
+/// Deeper than any host process is.
+const LEVELS: i32 = 32;
 
 pub fn made(ctx: &TracePointContext) {
     let (Some(id), Some(tail)) = (id(ctx), tail(ctx)) else {
         return;
     };
-    if is_container(&tail) && CGROUPS.insert(id, CGROUP_CONTAINER, 0).is_err() {
+    if !is_container(&tail) {
+        return;
+    }
+    // A container makes as many as it likes, and they are to cost no other container its place.
+    let map = if kind_of_current() == Some(CGROUP_CONTAINER) { &NESTED } else { &CGROUPS };
+    if map.insert(id, CGROUP_CONTAINER, 0).is_err() {
         count(Counter::CgroupsLost);
     }
 }
@@ -34,9 +45,26 @@ pub fn removed(ctx: &TracePointContext) {
         return;
     };
     if cgroup_kind(id).is_some() {
-        // Fails only if it is gone already.
+        // Each fails where it is not.
         let _ = CGROUPS.remove(id);
+        let _ = NESTED.remove(id);
     }
+}
+
+/// What the deepest known cgroup on the path of the current task is.
+pub fn kind_of_current() -> Option<u32> {
+    let mut kind = None;
+    let mut level = 1;
+    while level <= LEVELS {
+        // SAFETY: a helper that takes no pointers.
+        let cgroup = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if cgroup == 0 {
+            return kind;
+        }
+        kind = cgroup_kind(cgroup).or(kind);
+        level += 1;
+    }
+    Some(CGROUP_CONTAINER)
 }
 
 /// The id of the cgroup, if it is in the cgroup2 hierarchy: those of version 1 count for themselves.

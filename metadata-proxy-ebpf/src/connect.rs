@@ -16,7 +16,10 @@ use metadata_proxy_common::{
     Settings, VERDICT_APPROVED, VERDICT_REDIRECTED,
 };
 
-use crate::maps::{CLIENTS, cgroup_kind, count, listener, settings};
+use crate::{
+    cgroup::kind_of_current,
+    maps::{CLIENTS, count, listener, settings},
+};
 
 /// Third word of a v4-mapped IPv6 address, `::ffff:a.b.c.d`.
 pub const V4_MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
@@ -92,7 +95,7 @@ fn imds(ctx: &SockAddrContext, addr: &bpf_sock_addr, address: [u32; 4]) -> Verdi
         return Verdict::Deny;
     };
     let flow = current_flow(ctx);
-    let host = match cgroup_kind_of(&flow) {
+    let host = match kind_of_current() {
         Some(CGROUP_EXEMPT) => true,
         Some(_) => false,
         // In any other namespace it must be somebody's container, before anyone has told us.
@@ -159,20 +162,6 @@ fn current_flow(ctx: &SockAddrContext) -> Flow {
             pad: 0,
         }
     }
-}
-
-/// What the deepest known cgroup on the task's path is.
-#[inline(always)]
-fn cgroup_kind_of(flow: &Flow) -> Option<u32> {
-    let mut kind = None;
-    let mut level = 0;
-    while level < CGROUP_LEVELS {
-        if flow.ancestors[level] != 0 {
-            kind = cgroup_kind(flow.ancestors[level]).or(kind);
-        }
-        level += 1;
-    }
-    cgroup_kind(flow.cgroup).or(kind)
 }
 
 /// Puts the verdict into the socket's own storage, over that of an earlier connect.

@@ -19,6 +19,10 @@ static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 #[map]
 pub static CGROUPS: HashMap<u64, u32> = HashMap::with_max_entries(16384, 0);
 
+/// The same for those that processes of containers make: of an engine in a container, or to fill this.
+#[map]
+pub static NESTED: HashMap<u64, u32> = HashMap::with_max_entries(4096, 0);
+
 /// Network namespace cookie -> port of the daemon's listener there, host order: a hint, for a daemon
 /// that was killed leaves it behind. Whether it listens is asked of the listener itself.
 #[map]
@@ -56,7 +60,7 @@ pub fn settings() -> Option<&'static Settings> {
 /// What is known of this very cgroup.
 pub fn cgroup_kind(cgroup: u64) -> Option<u32> {
     // SAFETY: an aligned u32, which a concurrent update replaces as a whole.
-    unsafe { CGROUPS.get(&cgroup) }.copied()
+    unsafe { CGROUPS.get(&cgroup).or_else(|| NESTED.get(&cgroup)) }.copied()
 }
 
 /// Port of the listener in this namespace, host order.

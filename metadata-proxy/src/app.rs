@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    convert::Infallible,
     path::Path,
     sync::{Arc, RwLock},
     time::Duration,
@@ -14,12 +15,14 @@ use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
     time::{ClockId, clock_getres},
 };
+use sd_notify::NotifyState;
 use tokio::{
     runtime::Runtime,
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
+    task::JoinSet,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{info, warn};
 
 use crate::{
@@ -31,8 +34,9 @@ use crate::{
     identity::Home,
     imds::{Imds, Rest},
     interceptor::{self, Interceptor, features, preflight},
-    listeners::{Listeners, netns},
+    listeners::Listeners,
     metrics::{self, Metrics},
+    netns,
     server::Server,
     token_key,
     upstream::Upstream,
@@ -105,22 +109,37 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         config.exempt_cgroups.iter().map(|path| cgroup::id_at(&cgroup2, path)).collect::<Result<_, _>>()?;
     // Else we would ask ourselves for what the real service is to say.
     exempt.extend(cgroup::of_our_container(&cgroup2));
-    // Before anything is attached: without an engine nobody could be told apart.
-    let engine = Engine::connect(&config.docker_host, config.trust_image_metadata).await?;
 
-    let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
-    let credentials = Arc::new(Store::new(Arc::clone(&aws), credentials::Settings::default()));
-    let (interceptor, wanted, uplinks) = Interceptor::attach(&interceptor::Options {
+    let worker = netns::Worker::start()?;
+    let settings = settings()?;
+    let (interceptor, wanted, uplinks) = Interceptor::attach(interceptor::Options {
         cgroup: &cgroup,
         bpffs: &config.bpffs,
-        settings: settings()?,
+        settings,
         debug: tracing::enabled!(target: "metadata_proxy", tracing::Level::DEBUG),
+        worker: worker.clone(),
     })?;
     let interceptor = Arc::new(interceptor);
     know_cgroups(&interceptor, &cgroup2, &exempt)?;
+    let mut background = JoinSet::new();
+    let uplinks = Arc::new(uplinks);
+    let guard = uplinks.guard_host().await.context("cannot guard the uplinks")?;
+    background.spawn(async { Ok(guard.await) });
+    // At boot the engine and its containers come after this, so nothing above may wait for it.
+    info!(cgroup = %cgroup.display(), "attached: no container reaches the real metadata service by itself");
+    if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+        warn!("cannot tell systemd that the programs are attached: {error}");
+    }
 
+    let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
+    let credentials = Arc::new(Store::new(Arc::clone(&aws), credentials::Settings::default()));
     let (sender, connections) = mpsc::channel(QUEUE);
-    let listeners = Listeners::new(Arc::clone(&interceptor), sender)?;
+    // The host's are guarded already.
+    let guard = move |namespace, cookie| {
+        (cookie != settings.host_netns)
+            .then(|| AbortOnDropHandle::new(tokio::spawn(Arc::clone(&uplinks).guard_in(namespace, cookie))))
+    };
+    let listeners = Listeners::new(Arc::clone(&interceptor), worker, guard, sender);
     let require_imdsv2 = config.identity.require_imdsv2;
     let workloads = Arc::new(Workloads {
         interceptor: Arc::clone(&interceptor),
@@ -130,6 +149,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         exempt_cgroups: exempt,
     });
     let admit = Arc::clone(&workloads);
+    let engine = Engine::new(&config.docker_host, config.trust_image_metadata);
     let registry = Arc::new(Registry::new(engine, cgroup2, move |container| admit.admit(container)));
     tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry)));
     tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry)));
@@ -160,41 +180,40 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         metrics,
     });
     let stop = CancellationToken::new();
-    let server = tokio::spawn(server.run(connections, stop.clone()));
+    let mut server = tokio::spawn(server.run(connections, stop.clone()));
 
-    // Connections that are held by now do not wait for the snapshot.
-    let mut wanted = tokio::spawn(Arc::clone(&listeners).serve_wanted(wanted));
-    registry.resync().await.context("cannot ask the engine for its containers")?;
-    tokio::spawn(uplinks.start().await.context("cannot guard the uplinks")?);
     tokio::spawn(Arc::clone(&admin).serve_unix(Admin::bind(&config.admin_socket)?));
     if let Some(address) = config.metrics_address {
         tokio::spawn(admin.serve_metrics(address));
     }
-    let sweeper = tokio::spawn(sweep(Arc::clone(&listeners)));
-    let follower = tokio::spawn(async move { registry.follow().await });
-    info!(cgroup = %cgroup.display(), "ready: intercepting the containers of {}", config.docker_host);
+    // Connections that are held by now do not wait for the engine.
+    let held = Arc::clone(&listeners).serve_wanted(wanted);
+    background.spawn(async { held.await.context("cannot read the kernel's requests") });
+    background.spawn(sweep(Arc::clone(&listeners)));
+    background.spawn(async move { Ok(registry.follow().await) });
 
-    let failed = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
-        ended = &mut wanted => Some(ended),
+    // None of these ends by itself.
+    let ended = tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        Some(ended) = background.join_next() => ended.context("a task failed").flatten().map(|never| match never {}),
+        ended = &mut server => ended.context("the server failed"),
     };
-    follower.abort();
-    sweeper.abort();
-    wanted.abort();
+    background.shutdown().await;
     listeners.shut_down().await;
     stop.cancel();
-    if let Err(error) = server.await {
+    if !server.is_finished()
+        && let Err(error) = server.await
+    {
         warn!("the server ended badly: {error}");
     }
     for (counter, value) in interceptor.counters() {
         tracing::debug!(?counter, value, "count");
     }
-    match failed {
-        None => info!("ended; the interception stays in force (`metadata-proxy detach` removes it)"),
-        Some(ended) => ended.context("the listener task failed")?.context("cannot read the kernel's requests")?,
+    if ended.is_ok() {
+        info!("ended; the interception stays in force (`metadata-proxy detach` removes it)");
     }
-    Ok(())
+    ended
 }
 
 /// Finds out who assumes the roles, for as long as it takes: roles that are named without an account
@@ -247,7 +266,7 @@ fn reconsider_all(workloads: &Workloads, registry: &Registry<Workload>) {
 }
 
 /// Gives back what is no longer needed.
-async fn sweep(listeners: Arc<Listeners>) {
+async fn sweep(listeners: Arc<Listeners>) -> anyhow::Result<Infallible> {
     loop {
         tokio::time::sleep(IDLE / 3).await;
         listeners.close_idle(IDLE);

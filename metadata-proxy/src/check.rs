@@ -12,7 +12,7 @@ use crate::{
     containers::{cgroup, docker::Engine},
     credentials::Aws,
     interceptor::{self, features, preflight},
-    listeners::netns,
+    netns,
     upstream::Upstream,
 };
 
@@ -85,7 +85,7 @@ fn exempt(config: &Config) -> anyhow::Result<String> {
 }
 
 async fn docker(config: &Config) -> anyhow::Result<String> {
-    Engine::connect(&config.docker_host, config.trust_image_metadata).await?.describe().await
+    Engine::new(&config.docker_host, config.trust_image_metadata).describe().await
 }
 
 /// Signed with the host's clock, which STS does not let be more than five minutes off.

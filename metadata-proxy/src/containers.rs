@@ -9,12 +9,14 @@ pub(crate) mod docker;
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     path::PathBuf,
+    pin::pin,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::Duration,
 };
 
-use futures_util::StreamExt as _;
+use futures_util::{StreamExt as _, stream};
 use metadata_proxy_common::Flow;
 use tokio::{
     sync::Mutex,
@@ -75,6 +77,11 @@ const STARTING: Duration = Duration::from_millis(900);
 const POLL: Duration = Duration::from_millis(5);
 /// Between two full looks at the engine for strangers.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(200);
+/// At the engine at a time: one that hangs is not to hold up all others.
+const LOOKS: usize = 8;
+/// Between two attempts to follow the engine.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Events can be lost without the stream breaking; a full look puts that right.
 const RESYNC: Duration = Duration::from_secs(60);
 
@@ -146,32 +153,37 @@ impl<W: Send + Sync + 'static> Registry<W> {
         Ok(())
     }
 
-    /// Follows the engine for as long as the daemon runs.
-    pub(crate) async fn follow(&self) {
-        let mut pause = Duration::from_millis(100);
+    /// Follows the engine for as long as the daemon runs, also when it is not there yet.
+    pub(crate) async fn follow(&self) -> Infallible {
+        let mut pause = FIRST_PAUSE;
+        let mut told = String::new();
         loop {
             let since = Instant::now();
             let error = match self.follow_stream().await {
-                Ok(()) => anyhow::anyhow!("the stream ended"),
-                Err(error) => error,
+                Ok(()) => "its stream of events ended".to_owned(),
+                Err(error) => format!("{error:#}"),
             };
             if since.elapsed() > Duration::from_secs(10) {
-                pause = Duration::from_millis(100);
+                (pause, told) = (FIRST_PAUSE, String::new());
             }
-            warn!("lost the engine's events: {error:#}; what is known stays in force, next try in {pause:?}");
+            if error != told {
+                warn!("cannot follow the engine: {error}; what is known stays in force, trying again");
+                told = error;
+            }
             sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(5));
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
     async fn follow_stream(&self) -> anyhow::Result<()> {
         // Events from before the snapshot, so that none is missed between the two.
-        let mut events = Box::pin(self.engine.events());
+        let mut events = Box::pin(self.engine.events().await?);
         self.resync().await?;
+        info!(running = self.read().len(), "ready: following the containers of {}", self.engine.host());
         let mut next_resync = Instant::now() + RESYNC;
         loop {
             match timeout(next_resync.saturating_duration_since(Instant::now()), events.next()).await {
-                Ok(Some(event)) => self.apply(event?).await?,
+                Ok(Some(event)) => self.apply(event?).await,
                 Ok(None) => return Ok(()),
                 Err(_elapsed) => {
                     self.resync().await?;
@@ -181,25 +193,41 @@ impl<W: Send + Sync + 'static> Registry<W> {
         }
     }
 
-    async fn apply(&self, event: Event) -> anyhow::Result<()> {
-        match event {
-            // Also of a stop: it may run again by now, and be known already.
-            Event::Started(id) | Event::Stopped(id) => match self.engine.inspect(&id).await? {
-                Lookup::Running(description) => self.admit(*description),
-                Lookup::Starting | Lookup::Unknown => self.dismiss(&id),
-            },
+    async fn apply(&self, event: Event) {
+        // Also of a stop: it may run again by now, and be known already.
+        let (Event::Started(id) | Event::Stopped(id)) = event;
+        match self.engine.inspect(&id).await {
+            Ok(Lookup::Running(description)) => self.admit(*description),
+            Ok(Lookup::Starting | Lookup::Unknown) => self.dismiss(&id),
+            Err(error) => warn!(id = short(&id), "{error:#}; looked at again when it asks, or within {RESYNC:?}"),
         }
-        Ok(())
     }
 
     /// Makes the registry what the engine says now.
-    pub(crate) async fn resync(&self) -> anyhow::Result<()> {
+    async fn resync(&self) -> anyhow::Result<()> {
         let before: Vec<String> = self.read().keys().cloned().collect();
         let running = self.engine.running().await?;
-        for id in &running {
-            if let Lookup::Running(description) = self.engine.inspect(id).await? {
-                self.admit(*description);
+        let look = |id: String| async move {
+            let seen = self.engine.inspect(&id).await;
+            (id, seen)
+        };
+        let mut looks = pin!(stream::iter(running.clone()).map(look).buffer_unordered(LOOKS));
+        let mut failed = Vec::new();
+        while let Some((id, seen)) = looks.next().await {
+            match seen {
+                Ok(Lookup::Running(description)) => self.admit(*description),
+                Ok(Lookup::Starting | Lookup::Unknown) => {}
+                Err(error) => failed.push((id, error)),
             }
+        }
+        // One that the engine cannot describe is no trouble of the others.
+        if failed.len() == running.len()
+            && let Some((_, error)) = failed.pop()
+        {
+            return Err(error);
+        }
+        for (id, error) in failed {
+            warn!(id = short(&id), "{error:#}; what was known of this container stays in force");
         }
         // Not those admitted meanwhile, which the list cannot have.
         for id in before.iter().filter(|id| !running.contains(id)) {

@@ -23,6 +23,8 @@ use metadata_proxy_common::{CGROUP_CONTAINER, CGROUP_EXEMPT, Counter, Flow, LAYO
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
+use crate::netns;
+
 pub(crate) use object::detach;
 pub(crate) use uplinks::Uplinks;
 
@@ -51,6 +53,8 @@ pub(crate) struct Options<'a> {
     pub(crate) settings: Settings,
     /// Lets the programs log each connection they touch.
     pub(crate) debug: bool,
+    /// For devices in other network namespaces.
+    pub(crate) worker: netns::Worker,
 }
 
 /// Whether the kernel takes the programs; they are not attached.
@@ -70,7 +74,7 @@ pub(crate) struct Interceptor {
 
 impl Interceptor {
     /// Loads the programs and attaches them, or takes over from the daemon that was here before.
-    pub(crate) fn attach(options: &Options<'_>) -> Result<(Self, WantedEvents, Uplinks), Error> {
+    pub(crate) fn attach(options: Options<'_>) -> Result<(Self, WantedEvents, Uplinks), Error> {
         let pins = object::Pins::create(options.bpffs, options.cgroup, LAYOUT_VERSION)?;
         let mut object = object::load(&pins, options.debug)?;
 
@@ -88,8 +92,7 @@ impl Interceptor {
         let wanted = WantedEvents::new(maps::take(&mut object, "WANTED")?)?;
         link::attach_all(&mut object, &pins, options.cgroup)?;
         object::follow_log(&mut object);
-        let uplinks = Uplinks::new(object, pins.uplinks());
-        pins.remove_stale();
+        let uplinks = Uplinks::new(object, pins, options.worker);
         Ok((interceptor, wanted, uplinks))
     }
 

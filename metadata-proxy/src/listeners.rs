@@ -4,10 +4,12 @@
 //! when its containers are gone, because a listener keeps its namespace (and the interfaces in it)
 //! alive. Closing is always safe: a connection that comes later is held and asks for it again.
 
-pub(crate) mod netns;
+mod socket;
 
 use std::{
     collections::{HashMap, HashSet},
+    convert::Infallible,
+    fs::File,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -18,11 +20,20 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::mpsc,
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 use tracing::{debug, info, warn};
 
-use crate::interceptor::{Interceptor, WantedEvents};
-use netns::Opened;
+use crate::{
+    interceptor::{Interceptor, WantedEvents},
+    netns,
+};
+use socket::{Opened, Taken};
+
+/// Ends with being dropped.
+pub(crate) type Guard = AbortOnDropHandle<Infallible>;
 
 /// An accepted connection and who opened it.
 pub(crate) type Connection = (TcpStream, Flow);
@@ -30,10 +41,16 @@ pub(crate) type Connection = (TcpStream, Flow);
 pub(crate) struct Listeners {
     interceptor: Arc<Interceptor>,
     worker: netns::Worker,
+    /// Has the devices of a namespace guarded for as long as we listen there.
+    guard: Box<dyn Fn(Arc<File>, u64) -> Option<Guard> + Send + Sync>,
+    taken: Arc<Taken>,
+    /// What the daemon before us has published. Connections that have been held since it ended wait for
+    /// its very ports.
+    ports: Arc<HashMap<u64, u16>>,
     open: Mutex<HashMap<u64, Open>>,
     /// Namespaces for which the kernel has asked and that are being seen to.
     opening: Mutex<HashSet<u64>>,
-    /// What the daemon before us has published, until we know which of it nobody needs.
+    /// Of these, those of which we do not know whether anybody needs them.
     inherited: Mutex<HashMap<u64, u16>>,
     connections: mpsc::Sender<Connection>,
     tasks: TaskTracker,
@@ -61,19 +78,19 @@ const SETTLE: Duration = Duration::from_millis(5);
 impl Listeners {
     pub(crate) fn new(
         interceptor: Arc<Interceptor>,
+        worker: netns::Worker,
+        guard: impl Fn(Arc<File>, u64) -> Option<Guard> + Send + Sync + 'static,
         connections: mpsc::Sender<Connection>,
-    ) -> anyhow::Result<Arc<Self>> {
-        let kernel = Arc::clone(&interceptor);
-        let inherited = interceptor.listeners();
-        // Connections that have been held since the last daemon ended wait for its very ports.
-        let worker = netns::Worker::start(inherited.clone(), move |socket| Ok(kernel.mark_listener(socket)?))?;
-        let (open, opening, inherited) = (Mutex::default(), Mutex::default(), Mutex::new(inherited));
-        let tasks = TaskTracker::new();
-        Ok(Arc::new(Self { interceptor, worker, open, opening, inherited, connections, tasks }))
+    ) -> Arc<Self> {
+        let ports = Arc::new(interceptor.listeners());
+        let inherited = Mutex::new(HashMap::clone(&ports));
+        let (open, opening, taken, tasks) = Default::default();
+        let guard = Box::new(guard);
+        Arc::new(Self { interceptor, worker, guard, taken, ports, open, opening, inherited, connections, tasks })
     }
 
     /// Opens listeners as the kernel asks for them, until the ring buffer fails.
-    pub(crate) async fn serve_wanted(self: Arc<Self>, mut wanted: WantedEvents) -> std::io::Result<()> {
+    pub(crate) async fn serve_wanted(self: Arc<Self>, mut wanted: WantedEvents) -> std::io::Result<Infallible> {
         loop {
             let (netns, pid) = wanted.next().await?;
             if self.publish(netns) {
@@ -101,9 +118,10 @@ impl Listeners {
     /// Opens the listener of this process's network namespace unless it is there; its cookie.
     async fn ensure(self: &Arc<Self>, pid: u32) -> anyhow::Result<u64> {
         for _ in 0..CLOSING.0 {
-            match self.worker.open(pid).await? {
+            let namespace = Arc::new(netns::of_process(pid)?);
+            match self.open_in(Arc::clone(&namespace)).await? {
                 Opened::New { listener, netns, port } => {
-                    self.add(listener, netns, port).inspect_err(|_| self.worker.closed(netns))?;
+                    self.add(listener, netns, port, namespace).inspect_err(|_| self.taken.closed(netns))?;
                     return Ok(netns);
                 }
                 Opened::Already { netns } if self.publish(netns) => return Ok(netns),
@@ -113,12 +131,25 @@ impl Listeners {
         bail!("its old listener does not close");
     }
 
-    fn add(self: &Arc<Self>, listener: std::net::TcpListener, netns: u64, port: u16) -> anyhow::Result<()> {
+    async fn open_in(&self, namespace: Arc<File>) -> anyhow::Result<Opened> {
+        let (taken, ports, interceptor) =
+            (Arc::clone(&self.taken), Arc::clone(&self.ports), Arc::clone(&self.interceptor));
+        self.worker.run_in(Some(namespace), move || taken.open(&ports, &interceptor)).await?
+    }
+
+    fn add(
+        self: &Arc<Self>,
+        listener: std::net::TcpListener,
+        netns: u64,
+        port: u16,
+        namespace: Arc<File>,
+    ) -> anyhow::Result<()> {
         let listener = TcpListener::from_std(listener).context("cannot poll the listener")?;
         let close = CancellationToken::new();
         let entry = Open { port, close: close.clone(), holds: 0, last_used: Instant::now() };
         self.lock().insert(netns, entry);
-        self.tasks.spawn(Arc::clone(self).accept(listener, netns, close));
+        let guard = (self.guard)(namespace, netns);
+        self.tasks.spawn(Arc::clone(self).accept(listener, netns, close, guard));
         if !self.publish(netns) {
             self.close(netns);
             bail!("the kernel does not take its port");
@@ -139,7 +170,13 @@ impl Listeners {
         }
     }
 
-    async fn accept(self: Arc<Self>, listener: TcpListener, netns: u64, close: CancellationToken) {
+    async fn accept(
+        self: Arc<Self>,
+        listener: TcpListener,
+        netns: u64,
+        close: CancellationToken,
+        guard: Option<Guard>,
+    ) {
         loop {
             let accepted = tokio::select! {
                 () = close.cancelled() => break,
@@ -161,8 +198,8 @@ impl Listeners {
         while let Ok(Ok((connection, _))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
             self.hand_over(connection, netns).await;
         }
-        drop(listener);
-        self.worker.closed(netns);
+        drop((listener, guard));
+        self.taken.closed(netns);
     }
 
     async fn hand_over(&self, connection: TcpStream, netns: u64) {

@@ -12,6 +12,7 @@ mod imds;
 mod interceptor;
 mod listeners;
 mod metrics;
+mod netns;
 mod server;
 mod token_key;
 mod upstream;

@@ -22,10 +22,7 @@ use hyper_util::{
 use jiff::Timestamp;
 use metadata_proxy_common::Flow;
 use secrecy::ExposeSecret as _;
-use tokio::{
-    sync::{OnceCell, mpsc},
-    time::timeout,
-};
+use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -72,10 +69,6 @@ pub(crate) struct Server {
 #[derive(Default)]
 pub(crate) struct ConnectionCount(Mutex<HashMap<u64, usize>>);
 
-/// Who is at the other end; looked up at the first request, so that waiting for a container that is
-/// just starting counts against nobody else.
-type Known = OnceCell<Option<Arc<Workload>>>;
-
 impl Server {
     /// Serves until told to stop, then lets requests in flight end.
     pub(crate) async fn run(self: Arc<Self>, mut connections: mpsc::Receiver<Connection>, stop: CancellationToken) {
@@ -92,10 +85,9 @@ impl Server {
                 continue;
             };
             let server = Arc::clone(&self);
-            let caller = Arc::new(OnceCell::new());
             let service = service_fn(move |request| {
-                let (server, caller) = (Arc::clone(&server), Arc::clone(&caller));
-                async move { Ok::<_, Infallible>(server.answer(request, &flow, &caller).await.map(Full::new)) }
+                let server = Arc::clone(&server);
+                async move { Ok::<_, Infallible>(server.answer(request, &flow).await.map(Full::new)) }
             });
             let http = http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -117,13 +109,13 @@ impl Server {
         }
     }
 
-    async fn answer(&self, request: Request<Incoming>, flow: &Flow, caller: &Known) -> Response {
+    async fn answer(&self, request: Request<Incoming>, flow: &Flow) -> Response {
         // The body means nothing on any path; what is left unread of it closes the connection.
         let (head, _body) = request.into_parts();
         let now = Timestamp::now();
-        let known = caller.get_or_try_init(|| self.registry.resolve(flow)).await;
-        let (caller, mut answer) = match known {
-            Ok(Some(workload)) => ("container", self.answer_container(&head, workload, now).await),
+        // For each request: a connection may outlive its container, or what has been decided about it.
+        let (caller, mut answer) = match self.registry.resolve(flow).await {
+            Ok(Some(workload)) => ("container", self.answer_container(&head, &workload, now).await),
             Ok(None) => ("stranger", self.answer_stranger(&head, flow, now)),
             Err(error) => ("unresolved", unknown_for_now(flow, error, now)),
         };

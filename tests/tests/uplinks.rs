@@ -6,7 +6,7 @@ use std::{process::Command, time::Duration};
 use anyhow::{Result, ensure};
 use metadata_proxy_tests::{
     cloud::Cloud,
-    host::{ContainerSpec, Network, TestHost},
+    host::{Container, ContainerSpec, Network, TestHost},
     stage::{self, daemon_options},
 };
 
@@ -108,6 +108,133 @@ async fn frames_of_packet_sockets_do_not_leave_the_host() -> Result<()> {
     let count = arrived(&host, &cloud, "orphan", Network::Default, "eth0", "plain").await?;
     ensure!(count == 0, "{count} frames left the host after the daemon was killed");
     Ok(())
+}
+
+/// The far side of a network interface: counts the packets for the address that come out of a TAP device.
+const WIRE: &str = r#"
+import fcntl, os, struct, sys
+wire = os.open("/dev/net/tun", os.O_RDWR)
+fcntl.ioctl(wire, 0x400454ca, struct.pack("16sH22x", sys.argv[1].encode(), 0x1002))
+print("made", flush=True)
+while True:
+    if b"metadata" in os.read(wire, 2000):
+        print("frame", flush=True)
+"#;
+
+/// Writes ten frames with a UDP packet for the address.
+const BLIND_FRAMES: &str = r#"
+import errno, socket, sys
+raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+raw.bind((sys.argv[1], 0x0800))
+packet = bytes.fromhex("4500002400010000401100000a000001a9fea9fe10920050001000006d65746164617461")
+for number in range(10):
+    try:
+        raw.send(bytes(6) + raw.getsockname()[4] + b"\x08\x00" + packet)
+    except OSError as error:
+        if error.errno != errno.ENOBUFS:  # what the sender sees of a dropped frame
+            raise
+"#;
+
+/// A network interface that is made on the host and can be given to a container.
+struct Interface {
+    name: &'static str,
+    wire: std::process::Child,
+    seen: std::path::PathBuf,
+}
+
+impl Interface {
+    async fn make(host: &TestHost, name: &'static str) -> Result<Self> {
+        let seen = host.directory().join(name);
+        let mut wire = host.command("/usr/bin/python3");
+        wire.args(["-c", WIRE, name]).stdout(std::fs::File::create(&seen)?);
+        let interface = Self { name, wire: wire.spawn()?, seen };
+        while interface.lines("made")? == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(interface)
+    }
+
+    async fn give_to(&self, host: &TestHost, container: &Container) -> Result<()> {
+        let pid = container.pid().await?.to_string();
+        run(host.command("ip").args(["link", "set", self.name, "netns", &pid]))?;
+        run(host.command("nsenter").args(["-t", &pid, "-n", "ip", "link", "set", self.name, "up"]))
+    }
+
+    /// How many frames reach the far side.
+    async fn try_from(&self, container: &Container) -> Result<usize> {
+        let before = self.lines("frame")?;
+        container.exec(["/usr/bin/python3", "-c", BLIND_FRAMES, self.name]).await?.success()?;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        Ok(self.lines("frame")? - before)
+    }
+
+    fn lines(&self, of: &str) -> Result<usize> {
+        Ok(std::fs::read_to_string(&self.seen)?.lines().filter(|line| *line == of).count())
+    }
+}
+
+impl Drop for Interface {
+    fn drop(&mut self) {
+        let _ = self.wire.kill();
+        let _ = self.wire.wait();
+    }
+}
+
+/// As that of an ECS task in the network mode `awsvpc`.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interface_in_a_containers_own_network_is_guarded() -> Result<()> {
+    let host = TestHost::start().await?;
+    let task = |name: &'static str| ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]).network(Network::None);
+    let old = host.run(task("old")).await?;
+    let first = Interface::make(&host, "eni1").await?;
+    first.give_to(&host, &old).await?;
+    let open = first.try_from(&old).await?;
+    ensure!(open == 10, "only {open} frames leave without the daemon");
+
+    let mut daemon = host.daemon(daemon_options())?;
+    daemon.wait_ready(Duration::from_secs(20)).await?;
+    let new = host.run(task("new")).await?;
+    let second = Interface::make(&host, "eni2").await?;
+    second.give_to(&host, &new).await?;
+    let guarded = |name: &str| format!("guarding uplink {name} in network namespace ");
+    let both = |log: &str| log.contains(&guarded("eni1")) && log.contains(&guarded("eni2"));
+    daemon.wait_for("the guards", Duration::from_secs(5), both).await?;
+    for (interface, container) in [(&first, &old), (&second, &new)] {
+        let count = interface.try_from(container).await?;
+        ensure!(count == 0, "{count} frames left by {}\n{}", interface.name, daemon.log()?);
+    }
+
+    // One that was guarded on the host is so all the way into the container.
+    let third = Interface::make(&host, "eni3").await?;
+    daemon.wait_for("the guard", Duration::from_secs(5), |log| log.contains("guarding uplink eni3\n")).await?;
+    daemon.kill().await?;
+    third.give_to(&host, &new).await?;
+    for (interface, container) in [(&first, &old), (&second, &new), (&third, &new)] {
+        let count = interface.try_from(container).await?;
+        ensure!(count == 0, "{count} frames left by {} after the daemon was killed", interface.name);
+    }
+
+    // The next daemon finds what is guarded, and forgets what is gone with its container.
+    let pins = || -> Result<Vec<String>> {
+        let listed = host.command("ls").arg("/sys/fs/bpf/metadata-proxy/v1/uplinks").output()?;
+        Ok(String::from_utf8(listed.stdout)?.lines().map(str::to_owned).collect())
+    };
+    ensure!(pins()?.len() == 3, "{:?}", pins()?);
+    drop(second);
+    let mut daemon = host.daemon(daemon_options())?;
+    daemon.wait_ready(Duration::from_secs(20)).await?;
+    daemon.wait_for("the guard", Duration::from_secs(5), |log| log.contains(&guarded("eni1"))).await?;
+    ensure!(first.try_from(&old).await? == 0, "frames leave");
+    drop((first, third));
+    old.remove().await?;
+    new.remove().await?;
+    for _ in 0..100 {
+        if pins()?.is_empty() {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    anyhow::bail!("{:?} are left", pins()?)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -35,7 +35,8 @@ pub(crate) fn container_hint(pid: u32, cgroup: u64, cgroup2: &Path) -> Option<St
     path.iter().find_map(|component| container_id(component.to_str()?)).map(str::to_owned)
 }
 
-/// The ids of all cgroups that an engine has made for a container, whether it is ours or not.
+/// The ids of all cgroups that an engine has made for a container, whether it is ours or not. What lies
+/// below one is its own.
 pub(crate) fn all(cgroup2: &Path) -> HashSet<u64> {
     let mut found = HashSet::new();
     let mut directories = vec![cgroup2.to_owned()];
@@ -47,8 +48,9 @@ pub(crate) fn all(cgroup2: &Path) -> HashSet<u64> {
             }
             if entry.file_name().to_str().and_then(container_id).is_some() {
                 found.insert(entry.ino());
+            } else {
+                directories.push(entry.path());
             }
-            directories.push(entry.path());
         }
     }
     found

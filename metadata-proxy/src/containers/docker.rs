@@ -15,6 +15,7 @@ use bollard::{
 };
 use futures_util::{Stream, StreamExt as _, future};
 use jiff::Timestamp;
+use tokio::sync::OnceCell;
 use tracing::warn;
 
 use super::Container;
@@ -24,14 +25,20 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// Images whose settings are remembered; a host has some dozens.
 const IMAGES: usize = 1024;
 
+/// The engine, which need not be there yet: at boot the daemon comes first.
 pub(crate) struct Engine {
-    docker: Docker,
-    /// Without a timeout on the whole: a stream lasts.
-    streaming: Docker,
+    host: String,
+    clients: OnceCell<Clients>,
     /// What an image brings counts as if the container's starter had given it.
     trust_images: bool,
     /// By id: an image never changes.
     images: Mutex<HashMap<String, Arc<Settings>>>,
+}
+
+struct Clients {
+    docker: Docker,
+    /// Without a timeout on the whole: a stream lasts.
+    streaming: Docker,
 }
 
 /// What a container is before its cgroup is known.
@@ -96,22 +103,34 @@ pub(crate) enum Event {
 }
 
 impl Engine {
-    /// Connects to the engine and agrees on an API version.
-    pub(crate) async fn connect(host: &str, trust_images: bool) -> anyhow::Result<Self> {
-        let remedy = || {
-            format!(
-                "cannot reach the Docker engine at {host}: is it running, and is --docker-host (DOCKER_HOST) right?"
-            )
+    /// Asks nothing yet.
+    pub(crate) fn new(host: &str, trust_images: bool) -> Self {
+        Self { host: host.to_owned(), clients: OnceCell::new(), trust_images, images: Mutex::default() }
+    }
+
+    pub(crate) fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// Connects, the first time, and agrees on an API version.
+    async fn clients(&self) -> anyhow::Result<&Clients> {
+        let connect = async {
+            let docker = Docker::connect_with_host(&self.host)?;
+            let docker = docker.with_timeout(TIMEOUT).negotiate_version().await?;
+            let streaming = docker.clone().with_timeout(Duration::from_secs(10 * 365 * 24 * 3600));
+            Ok::<_, Error>(Clients { docker, streaming })
         };
-        let docker = Docker::connect_with_host(host).with_context(remedy)?;
-        let docker = docker.with_timeout(TIMEOUT).negotiate_version().await.with_context(remedy)?;
-        let streaming = docker.clone().with_timeout(Duration::from_secs(10 * 365 * 24 * 3600));
-        Ok(Self { docker, streaming, trust_images, images: Mutex::default() })
+        self.clients.get_or_try_init(|| connect).await.with_context(|| {
+            format!(
+                "cannot reach the Docker engine at {}: is it running, and is --docker-host (DOCKER_HOST) right?",
+                self.host
+            )
+        })
     }
 
     /// What it is, in a line.
     pub(crate) async fn describe(&self) -> anyhow::Result<String> {
-        let info = self.docker.info().await.context("cannot ask the engine about itself")?;
+        let info = self.clients().await?.docker.info().await.context("cannot ask the engine about itself")?;
         let driver = info.cgroup_driver.map(|driver| driver.to_string()).unwrap_or_default();
         let cgroups = info.cgroup_version.map(|version| version.to_string()).unwrap_or_default();
         let version = info.server_version.unwrap_or_default();
@@ -121,13 +140,13 @@ impl Engine {
 
     /// The ids of all running containers.
     pub(super) async fn running(&self) -> anyhow::Result<Vec<String>> {
-        let list = self.docker.list_containers(None::<ListContainersOptions>).await;
+        let list = self.clients().await?.docker.list_containers(None::<ListContainersOptions>).await;
         let list = list.context("cannot list containers")?;
         Ok(list.into_iter().filter_map(|container| container.id).collect())
     }
 
     pub(super) async fn inspect(&self, id: &str) -> anyhow::Result<Lookup> {
-        let found = match self.docker.inspect_container(id, None::<InspectContainerOptions>).await {
+        let found = match self.clients().await?.docker.inspect_container(id, None::<InspectContainerOptions>).await {
             Ok(response) => lookup(response),
             Err(Error::DockerResponseServerError { status_code: 404, .. }) => Lookup::Unknown,
             Err(error) => return Err(error).context("cannot inspect a container"),
@@ -149,7 +168,7 @@ impl Engine {
         if known.is_some() {
             return Ok(known);
         }
-        let config = match self.docker.inspect_image(id).await {
+        let config = match self.clients().await?.docker.inspect_image(id).await {
             Ok(image) => image.config.unwrap_or_default(),
             // Removed by force, or damaged: that container's trouble, not that of all others.
             Err(Error::DockerResponseServerError { status_code, message }) => {
@@ -169,16 +188,17 @@ impl Engine {
     }
 
     /// Starts and stops from now on, until the stream breaks.
-    pub(super) fn events(&self) -> impl Stream<Item = anyhow::Result<Event>> + use<> {
+    pub(super) async fn events(&self) -> anyhow::Result<impl Stream<Item = anyhow::Result<Event>> + use<>> {
+        let streaming = &self.clients().await?.streaming;
         let filters = HashMap::from([("type", vec!["container"]), ("event", vec!["start", "die"])]);
         // The request is sent when the stream is first asked, so the engine has to look back.
         let now = Timestamp::now();
         let since = format!("{}.{:09}", now.as_second(), now.subsec_nanosecond());
         let options = EventsOptionsBuilder::new().since(&since).filters(&filters).build();
-        self.streaming.events(Some(options)).filter_map(|message| {
+        Ok(streaming.events(Some(options)).filter_map(|message| {
             let message = message.context("the event stream broke");
             future::ready(message.map(event).transpose())
-        })
+        }))
     }
 }
 

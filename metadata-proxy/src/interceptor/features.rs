@@ -8,7 +8,7 @@ use aya::{
     sys::{BpfHelper, is_helper_supported, is_map_supported},
 };
 
-use crate::listeners::netns;
+use crate::netns;
 
 /// A helper function in programs of one type, and the first kernel that has it there.
 type Helper = (ProgramType, BpfHelper, &'static str, &'static str);

@@ -4,6 +4,7 @@
 //! <bpffs>/metadata-proxy/v<layout>/maps/<MAP>
 //! <bpffs>/metadata-proxy/v<layout>/links-<cgroup id>/<program>
 //! <bpffs>/metadata-proxy/v<layout>/uplinks/<interface index>
+//! <bpffs>/metadata-proxy/v<layout>/uplinks/<network namespace cookie>-<interface index>
 //! ```
 
 use std::{
@@ -24,8 +25,8 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("METADATA_PROXY_EBPF_OBJ
 const DIRECTORY: &str = "metadata-proxy";
 
 /// The maps that outlive the daemon. Not the log: its reader is gone with it.
-const MAPS: [&str; 9] =
-    ["SETTINGS", "CGROUPS", "LISTENERS", "OURS", "FLOWS", "WANTED", "COUNTERS", "CLIENTS", "ACCEPTED"];
+const MAPS: [&str; 10] =
+    ["SETTINGS", "CGROUPS", "NESTED", "LISTENERS", "OURS", "FLOWS", "WANTED", "COUNTERS", "CLIENTS", "ACCEPTED"];
 
 /// The pins of one layout version and one attach point.
 pub(super) struct Pins {

@@ -1,5 +1,5 @@
-//! The two bpf(2) commands that aya 0.14 does not offer: it can neither give out the descriptor of a
-//! pinned link nor exchange the program of a cgroup link.
+//! The bpf(2) commands that aya 0.14 does not offer: it can neither give out the descriptor of a pinned
+//! link, nor exchange the program of a cgroup link, nor tell which device a link is on.
 
 use std::{
     ffi::CString,
@@ -12,7 +12,10 @@ use std::{
 };
 
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_UPDATE: libc::c_int = 29;
+
+const BPF_LINK_TYPE_TCX: u32 = 11;
 
 /// The start of `union bpf_attr` for `BPF_OBJ_GET`.
 #[repr(C)]
@@ -20,6 +23,26 @@ struct ObjGet {
     pathname: u64,
     bpf_fd: u32,
     file_flags: u32,
+}
+
+/// The start of `union bpf_attr` for `BPF_OBJ_GET_INFO_BY_FD`.
+#[repr(C)]
+struct GetInfo {
+    bpf_fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// The start of `struct bpf_link_info` of a tcx link.
+#[repr(C)]
+#[derive(Default)]
+struct TcxLinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    pad: u32,
+    interface: u32,
+    attach_type: u32,
 }
 
 /// The start of `union bpf_attr` for `BPF_LINK_UPDATE`.
@@ -47,6 +70,20 @@ pub(super) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     // SAFETY: a prefix of `bpf_attr` of the size told; it holds no pointers.
     unsafe { bpf(BPF_LINK_UPDATE, &attributes) }?;
     Ok(())
+}
+
+/// Whether the device of a tcx link is gone, and the link of no more use. A device that moves to another
+/// network namespace keeps its links.
+pub(super) fn is_dead(link: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut info = TcxLinkInfo::default();
+    let attributes = GetInfo {
+        bpf_fd: link.as_raw_fd().cast_unsigned(),
+        info_len: size_of::<TcxLinkInfo>() as u32,
+        info: core::ptr::from_mut(&mut info) as u64,
+    };
+    // SAFETY: a prefix of `bpf_attr` of the size told; the kernel writes no more of the info than its size.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &attributes) }?;
+    Ok(info.kind == BPF_LINK_TYPE_TCX && info.interface == 0)
 }
 
 /// # Safety

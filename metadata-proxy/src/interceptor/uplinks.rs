@@ -1,9 +1,19 @@
-//! The guard on the host's uplinks, which follows network devices as they come and go.
+//! The guard on uplinks, which follows network devices as they come and go: the host's, and those that
+//! lie in a container's own network namespace, such as the network interface of an ECS task.
 //!
 //! Linux 6.6 and later: tcx links, pinned by interface index. Before: clsact filters, which stay by
 //! themselves and have to be removed by hand.
 
-use std::{collections::HashMap, convert::Infallible, fs, os::fd::AsFd as _, path::PathBuf, time::Duration};
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    fmt,
+    fs::{self, File},
+    os::fd::AsFd as _,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use aya::{
@@ -11,7 +21,7 @@ use aya::{
     programs::{
         SchedClassifier, TcAttachType,
         links::FdLink,
-        tc::{qdisc_add_clsact, qdisc_detach_program},
+        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact, qdisc_detach_program},
     },
 };
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
@@ -23,86 +33,56 @@ use rtnetlink::{
     sys::SocketAddr,
 };
 use tokio::time::{sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
-use super::syscall;
+use super::{object::Pins, syscall};
+use crate::netns;
 
 pub(super) const PROGRAM: &str = "imds_uplink";
 /// A container's start brings several changes at once, and none of them an uplink.
 const SETTLE: Duration = Duration::from_millis(20);
+/// Before all is looked at anew, when the kernel's notifications have failed.
+const AGAIN: Duration = Duration::from_secs(1);
+/// The place of our filter among those of others: before them, for one that accepts ends the chain. By it
+/// the next daemon finds the filter to exchange its program.
+const PRIORITY: u16 = 1;
+const HANDLE: TcHandle = TcHandle::new(0, 0x6d70);
 
 type Message = (NetlinkMessage<RouteNetlinkMessage>, SocketAddr);
+/// Device names by interface index.
+type Devices = HashMap<u32, String>;
 
 pub(crate) struct Uplinks {
-    object: Ebpf,
-    pins: PathBuf,
-    /// Interface index -> name.
-    attached: HashMap<u32, String>,
+    object: Mutex<Ebpf>,
+    pins: Pins,
+    worker: netns::Worker,
 }
 
 impl Uplinks {
-    pub(super) fn new(object: Ebpf, pins: PathBuf) -> Self {
-        Self { object, pins, attached: HashMap::new() }
+    pub(super) fn new(object: Ebpf, pins: Pins, worker: netns::Worker) -> Self {
+        Self { object: Mutex::new(object), pins, worker }
     }
 
-    /// Attaches to the uplinks that are there; the future goes on with those that come and go.
-    pub(crate) async fn start(mut self) -> anyhow::Result<impl Future<Output = ()> + Send> {
-        let (connection, handle, changes) = new_multicast_connection(&[MulticastGroup::Link])?;
-        tokio::spawn(connection);
-        let troubled = self.attach_all(&list(&handle).await?, false);
-        Ok(async move {
-            let Err(error) = self.follow(&handle, changes, troubled).await;
-            warn!("packet sockets can reach the real service by new devices, which cannot be followed: {error:#}");
-        })
+    /// Guards the host's uplinks; the future goes on with those that come and go.
+    pub(crate) async fn guard_host(self: &Arc<Self>) -> anyhow::Result<impl Future<Output = Infallible> + use<>> {
+        let mut place = Place { uplinks: Arc::clone(self), namespace: None, attached: Devices::new() };
+        let watch = place.watch().await?;
+        // Now that no uplink depends on it.
+        self.pins.remove_stale();
+        Ok(async move { place.follow(Some(watch)).await })
     }
 
-    async fn follow(
-        &mut self,
-        handle: &Handle,
-        mut changes: impl Stream<Item = Message> + Unpin,
-        mut troubled: bool,
-    ) -> anyhow::Result<Infallible> {
-        loop {
-            // What has changed, the next look tells; and a device with which there was trouble gets a
-            // second one, for it may have been about to go.
-            let patience = if troubled { SETTLE } else { Duration::MAX };
-            if let Ok(change) = timeout(patience, changes.next()).await {
-                change.context("the kernel's notifications ended")?;
-                sleep(SETTLE).await;
-                while let Ok(Some(_)) = timeout(Duration::ZERO, changes.next()).await {}
-                troubled = false;
-            }
-            troubled = self.attach_all(&list(handle).await?, troubled);
-        }
+    /// Guards those in another network namespace.
+    pub(crate) async fn guard_in(self: Arc<Self>, namespace: Arc<File>, cookie: u64) -> Infallible {
+        Place { uplinks: self, namespace: Some((namespace, cookie)), attached: Devices::new() }.follow(None).await
     }
 
-    /// Whether there was trouble; on a second look it is told.
-    fn attach_all(&mut self, uplinks: &HashMap<u32, String>, second: bool) -> bool {
-        let mut troubled = false;
-        self.attached.retain(|index, _| uplinks.contains_key(index));
-        self.remove_stale(uplinks);
-        for (&index, name) in uplinks {
-            if self.attached.get(&index) == Some(name) {
-                continue;
-            }
-            match self.attach(index, name) {
-                Ok(()) => {
-                    info!("guarding uplink {name}");
-                    self.attached.insert(index, name.clone());
-                }
-                Err(error) if second => warn!("packet sockets can reach the real service through {name}: {error:#}"),
-                Err(error) => {
-                    debug!("cannot guard {name}: {error:#}");
-                    troubled = true;
-                }
-            }
-        }
-        troubled
-    }
-
-    fn attach(&mut self, index: u32, name: &str) -> anyhow::Result<()> {
-        let pin = self.pins.join(index.to_string());
-        let program = self.object.program_mut(PROGRAM).context("this build has no uplink program")?;
+    /// On a thread that is in the device's namespace.
+    fn attach(&self, name: &str, pin: &str) -> anyhow::Result<()> {
+        let pin = self.pins.uplinks().join(pin);
+        let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        let program = object.program_mut(PROGRAM).context("this build has no uplink program")?;
         let program: &mut SchedClassifier = program.try_into()?;
         if pin.exists() {
             let link = syscall::open_pin(&pin).context("cannot open the pinned link")?;
@@ -113,52 +93,181 @@ impl Uplinks {
             }
             fs::remove_file(&pin).context("cannot remove the pin of a device that is gone")?;
         }
-        let id = match program.attach(name, TcAttachType::Egress) {
-            Ok(id) => id,
-            // No tcx: then there must be a clsact qdisc, and no filter of a daemon before us.
-            Err(_) => {
-                let _ = qdisc_add_clsact(name);
-                let _ = qdisc_detach_program(name, TcAttachType::Egress, PROGRAM);
-                program.attach(name, TcAttachType::Egress)?
-            }
-        };
-        let link = program.take_link(id)?;
-        match FdLink::try_from(link) {
-            Ok(link) => drop(link.pin(&pin).context("cannot pin the link")?),
-            Err(error) => debug!("{name}: a clsact filter, which has no link to pin ({error})"),
+        match program.attach(name, TcAttachType::Egress) {
+            Ok(id) => match FdLink::try_from(program.take_link(id)?) {
+                Ok(link) => drop(link.pin(&pin).context("cannot pin the link")?),
+                Err(error) => anyhow::bail!("the kernel made no tcx link: {error}"),
+            },
+            // No tcx.
+            Err(_) => attach_filter(program, name)?,
         }
         Ok(())
     }
 
-    fn remove_stale(&self, uplinks: &HashMap<u32, String>) {
-        for entry in fs::read_dir(&self.pins).into_iter().flatten().flatten() {
-            let index = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            if index.is_some_and(|index: u32| !uplinks.contains_key(&index)) {
-                let _ = fs::remove_file(entry.path());
+    /// Removes the pins of devices that are gone.
+    fn remove_stale(&self) {
+        for entry in fs::read_dir(self.pins.uplinks()).into_iter().flatten().flatten() {
+            let pin = entry.path();
+            if syscall::open_pin(&pin).and_then(|link| syscall::is_dead(link.as_fd())).is_ok_and(|dead| dead) {
+                let _ = fs::remove_file(pin);
             }
         }
     }
 }
 
-/// Removes the filters that have no link; where there are none, there is nothing to do.
+/// Exchanges the program of a filter that is there, or adds one, which has no link to pin.
+fn attach_filter(program: &mut SchedClassifier, name: &str) -> anyhow::Result<()> {
+    let egress = TcAttachType::Egress;
+    let _ = qdisc_add_clsact(name); // else it is there
+    let old = SchedClassifierLink::attached(name, egress, PRIORITY, HANDLE, None).context("no such device")?;
+    let id = match program.attach_to_link(old) {
+        Ok(id) => id,
+        Err(_) => {
+            let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+            program.attach_with_options(name, egress, TcAttachOptions::Netlink(options))?
+        }
+    };
+    // Dropping it would detach the filter.
+    std::mem::forget(program.take_link(id)?);
+    Ok(())
+}
+
+/// A network namespace and its uplinks that are guarded.
+struct Place {
+    uplinks: Arc<Uplinks>,
+    /// None: the host's.
+    namespace: Option<(Arc<File>, u64)>,
+    attached: Devices,
+}
+
+/// A look at the devices, and the changes since.
+struct Watch {
+    handle: Handle,
+    changes: Pin<Box<dyn Stream<Item = Message> + Send>>,
+    _connection: AbortOnDropHandle<()>,
+    troubled: bool,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.namespace {
+            None => Ok(()),
+            Some((_, cookie)) => write!(f, " in network namespace {cookie}"),
+        }
+    }
+}
+
+impl Place {
+    async fn follow(&mut self, mut watch: Option<Watch>) -> Infallible {
+        loop {
+            let ended = match watch.take() {
+                Some(watch) => self.keep(watch).await,
+                None => match self.watch().await {
+                    Ok(watch) => self.keep(watch).await,
+                    Err(error) => Err(error),
+                },
+            };
+            let Err(error) = ended;
+            warn!(
+                "cannot follow the network devices{self}, whose new uplinks are not guarded: {error:#}; trying again"
+            );
+            sleep(AGAIN).await;
+        }
+    }
+
+    async fn watch(&mut self) -> anyhow::Result<Watch> {
+        let connect = || new_multicast_connection(&[MulticastGroup::Link]);
+        let (connection, handle, changes) =
+            self.run(connect).await?.context("cannot ask the kernel for its network devices")?;
+        let connection = AbortOnDropHandle::new(tokio::spawn(connection));
+        let mut watch = Watch { handle, changes: Box::pin(changes), _connection: connection, troubled: false };
+        watch.troubled = self.attach_all(&watch.handle, false).await?;
+        Ok(watch)
+    }
+
+    async fn keep(&mut self, mut watch: Watch) -> anyhow::Result<Infallible> {
+        loop {
+            // What has changed, the next look tells; and a device with which there was trouble gets a
+            // second one, for it may have been about to go.
+            let patience = if watch.troubled { SETTLE } else { Duration::MAX };
+            if let Ok(change) = timeout(patience, watch.changes.next()).await {
+                change.context("the kernel's notifications ended")?;
+                sleep(SETTLE).await;
+                while let Ok(Some(_)) = timeout(Duration::ZERO, watch.changes.next()).await {}
+                watch.troubled = false;
+            }
+            watch.troubled = self.attach_all(&watch.handle, watch.troubled).await?;
+        }
+    }
+
+    /// Whether there was trouble; on a second look it is told.
+    async fn attach_all(&mut self, handle: &Handle, second: bool) -> anyhow::Result<bool> {
+        let uplinks = list(handle, self.namespace.is_none()).await?;
+        let mut troubled = false;
+        self.attached.retain(|index, _| uplinks.contains_key(index));
+        self.uplinks.remove_stale();
+        for (index, name) in uplinks {
+            if self.attached.get(&index) == Some(&name) {
+                continue;
+            }
+            match self.attach(index, name.clone()).await {
+                Ok(()) => {
+                    info!("guarding uplink {name}{self}");
+                    self.attached.insert(index, name);
+                }
+                Err(error) if second => {
+                    warn!("packet sockets can reach the real service through {name}{self}: {error:#}");
+                }
+                Err(error) => {
+                    debug!("cannot guard {name}{self}: {error:#}");
+                    troubled = true;
+                }
+            }
+        }
+        Ok(troubled)
+    }
+
+    async fn attach(&self, index: u32, name: String) -> anyhow::Result<()> {
+        let pin = self.namespace.as_ref().map_or_else(|| index.to_string(), |(_, cookie)| format!("{cookie}-{index}"));
+        let uplinks = Arc::clone(&self.uplinks);
+        self.run(move || uplinks.attach(&name, &pin)).await?
+    }
+
+    async fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
+        let namespace = self.namespace.as_ref().map(|(namespace, _)| Arc::clone(namespace));
+        self.uplinks.worker.run_in(namespace, job).await
+    }
+}
+
+/// Removes the filters that have no link, wherever they are; where there are none, there is nothing to do.
 pub(super) async fn remove_filters() -> anyhow::Result<()> {
-    let (connection, handle, _) = new_multicast_connection(&[])?;
-    tokio::spawn(connection);
-    for name in list(&handle).await?.values() {
-        let _ = qdisc_detach_program(name, TcAttachType::Egress, PROGRAM);
+    let worker = netns::Worker::start()?;
+    for namespace in netns::all() {
+        let connect = || new_multicast_connection(&[]);
+        let namespace = Arc::new(namespace);
+        let (connection, handle, _) = worker.run_in(Some(Arc::clone(&namespace)), connect).await??;
+        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+        for name in list(&handle, true).await?.into_values() {
+            let remove = move || qdisc_detach_program(&name, TcAttachType::Egress, PROGRAM);
+            // Most have none.
+            let _ = worker.run_in(Some(Arc::clone(&namespace)), remove).await?;
+        }
     }
     Ok(())
 }
 
-async fn list(handle: &Handle) -> anyhow::Result<HashMap<u32, String>> {
+async fn list(handle: &Handle, on_host: bool) -> anyhow::Result<Devices> {
     let links: Vec<LinkMessage> =
         handle.link().get().execute().try_collect().await.context("cannot list network devices")?;
-    Ok(links.iter().filter_map(uplink).collect())
+    Ok(links.iter().filter_map(|link| uplink(link, on_host)).collect())
 }
 
-/// Ethernet devices by which frames can leave the host. Not bridges and the virtual devices on them,
-/// such as the containers' ends: what goes there has not left, and comes by here if it does.
-fn uplink(link: &LinkMessage) -> Option<(u32, String)> {
+/// Ethernet devices by which frames can leave the host.
+///
+/// Not bridges and the virtual devices on them, such as the host's ends of the containers' links: what goes
+/// there has not left, and comes by here if it does. For the same reason in a container's namespace only
+/// hardware, and what a program of the host reads from.
+fn uplink(link: &LinkMessage, on_host: bool) -> Option<(u32, String)> {
     let mut name = None;
     let mut kind = None;
     let mut on_bridge = false;
@@ -172,11 +281,12 @@ fn uplink(link: &LinkMessage) -> Option<(u32, String)> {
             _ => {}
         }
     }
-    let inside = match kind {
-        Some(InfoKind::Bridge) => true,
-        Some(_) => on_bridge,
+    let leads_out = match kind {
         // Hardware, also where it is a bridge's way out.
-        None => false,
+        None => true,
+        Some(InfoKind::Tun) => !on_bridge,
+        Some(InfoKind::Bridge) => false,
+        Some(_) => on_host && !on_bridge,
     };
-    (link.header.link_layer_type == LinkLayerType::Ether && !inside).then_some((link.header.index, name?))
+    (link.header.link_layer_type == LinkLayerType::Ether && leads_out).then_some((link.header.index, name?))
 }

@@ -1,0 +1,76 @@
+//! Containers in the host's network are told by their cgroup alone: what a container may do with cgroups
+//! takes nobody out of the interception.
+
+use std::fs;
+
+use anyhow::{Context as _, Result, ensure};
+use bollard::models::HostConfig;
+use metadata_proxy_tests::{
+    host::{ContainerSpec, Network},
+    stage::{Stage, daemon_options, role_arn},
+};
+
+const ASK: &str = "/usr/bin/curl -sS --max-time 9 -w %{http_code} \
+                   http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+const METRICS: &str = "127.0.0.1:9199";
+
+fn on_host_network(name: &str, command: &str) -> ContainerSpec {
+    let spec = ContainerSpec::on_host(name, ["/usr/bin/sh", "-c", command]).network(Network::Host);
+    spec.label("metadata-proxy.role", &role_arn(name))
+}
+
+async fn lost(stage: &Stage) -> Result<u64> {
+    let output = stage.command("curl").args(["-sf", &format!("http://{METRICS}/metrics")]).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    let line = text.lines().find_map(|line| line.strip_prefix("metadata_proxy_bpf_cgroups_lost_total "));
+    line.with_context(|| format!("no such counter in {text}"))?.parse().context("no number")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_makes_thousands_of_cgroups_costs_no_other_its_interception() -> Result<()> {
+    // Named like containers', below its own.
+    const FLOOD: &str = r#"
+import glob, os, socket, sys
+[own] = glob.glob(f"/cgroup/{sys.argv[1]}/containers/{socket.gethostname()}*")
+for number in range(5000):
+    os.mkdir(f"{own}/{number:064x}")
+"#;
+    let stage = Stage::start_with(daemon_options().arg("--metrics-address").arg(METRICS)).await?;
+    ensure!(lost(&stage).await? == 0);
+    let flood = ContainerSpec::on_host("flood", ["/usr/bin/python3", "-c", FLOOD, stage.host.machine().name()]);
+    let flood = stage.run(flood.bind("/sys/fs/cgroup:/cgroup")).await?;
+    flood.wait().await?.success()?;
+    let lost = lost(&stage).await?;
+    ensure!(lost > 0, "the container has not made enough cgroups");
+
+    // Asks at once, before the engine says that it runs; and where no daemon is there to say anything.
+    for number in 0..5 {
+        let name = format!("early-{number}");
+        let asked = stage.run(on_host_network(&name, ASK)).await?.wait().await?.success()?;
+        ensure!(asked == format!("{name}200"), "{name} was answered {asked:?}");
+    }
+    stage.assert_no_leak()
+}
+
+/// Deeper than what a connection's record holds, and its processes deeper still.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_deep_in_the_tree_of_cgroups_is_refused_rather_than_taken_for_the_host() -> Result<()> {
+    let stage = Stage::start().await?;
+    let own = stage.host.machine().name().to_owned();
+    let mut spec = on_host_network("deep", "sleep 600");
+    spec.host_config =
+        HostConfig { cgroup_parent: Some(format!("/{own}/containers/1/2/3/4/5/6/7/8/9")), ..HostConfig::default() };
+    let deep = stage.run(spec).await?;
+    let answer = deep.exec(["/usr/bin/sh", "-c", ASK]).await?.success()?;
+    ensure!(answer == "deep200", "in its own cgroup: {answer}");
+
+    // Where its processes have cgroups of their own.
+    let pid = deep.pid().await?;
+    let path = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = path.lines().find_map(|line| line.strip_prefix("0::/")).context("no cgroup2")?;
+    let script =
+        format!("cd /sys/fs/cgroup/{path} && mkdir -p below/it && echo $$ > below/it/cgroup.procs && exec {ASK}");
+    let output = stage.command("timeout").args(["8", "sh", "-c", &script]).output()?;
+    ensure!(String::from_utf8_lossy(&output.stdout).ends_with("404"), "from deeper still: {output:?}");
+    stage.assert_no_leak()
+}
