@@ -134,6 +134,8 @@ struct Relay {
     socket: PathBuf,
     mode: watch::Sender<Mode>,
     generation: watch::Sender<u32>,
+    /// The id of a container that the engine fails to describe.
+    broken: watch::Sender<Option<String>>,
     task: JoinHandle<()>,
 }
 
@@ -154,19 +156,20 @@ impl Relay {
         let listener = UnixListener::bind(&socket)?;
         let engine = host.engine().socket().to_owned();
         let (mode, generation) = (watch::Sender::new(Mode::Pass), watch::Sender::new(0));
-        let (modes, generations) = (mode.clone(), generation.clone());
+        let broken = watch::Sender::new(None);
+        let (modes, generations, breaks) = (mode.clone(), generation.clone(), broken.clone());
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 if *modes.borrow() != Mode::Refuse {
                     let mut cut = generations.subscribe();
-                    let relayed = relay(client, engine.clone(), modes.subscribe());
+                    let relayed = relay(client, engine.clone(), modes.subscribe(), breaks.borrow().clone());
                     tokio::spawn(async move {
                         tokio::select! { _ = cut.changed() => {}, () = relayed => {} }
                     });
                 }
             }
         });
-        Ok(Self { socket, mode, generation, task })
+        Ok(Self { socket, mode, generation, broken, task })
     }
 
     fn set(&self, mode: Mode) {
@@ -190,8 +193,22 @@ impl Drop for Relay {
     }
 }
 
-async fn relay(client: UnixStream, engine: PathBuf, mode: watch::Receiver<Mode>) {
-    let Ok(engine) = UnixStream::connect(engine).await else { return };
+async fn relay(mut client: UnixStream, engine: PathBuf, mode: watch::Receiver<Mode>, broken: Option<String>) {
+    let Ok(mut engine) = UnixStream::connect(engine).await else { return };
+    if let Some(id) = broken {
+        // The daemon's client sends a request's head at once, and each on a connection of its own.
+        let mut head = vec![0; 4096];
+        let Ok(length) = client.read(&mut head).await else { return };
+        if String::from_utf8_lossy(&head[..length]).contains(&format!("/containers/{id}/json")) {
+            let answer = b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n\
+                Content-Length: 20\r\nConnection: close\r\n\r\n{\"message\":\"broken\"}";
+            let _ = client.write_all(answer).await;
+            return;
+        }
+        if engine.write_all(&head[..length]).await.is_err() {
+            return;
+        }
+    }
     let ((from_client, to_client), (from_engine, to_engine)) = (client.into_split(), engine.into_split());
     tokio::join!(pump(from_client, to_engine, mode.clone()), pump(from_engine, to_client, mode));
 }
@@ -397,6 +414,28 @@ async fn an_engine_that_hangs_or_is_slow_delays_only_whom_nobody_knows_yet() -> 
     let last = stage.run(idle_as("last", "last")).await?;
     ask_until_served(&last, "last", Duration::from_secs(10)).await?;
     drop(silent);
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_the_engine_cannot_describe_is_nobody_elses_trouble() -> Result<()> {
+    let host = TestHost::start().await?;
+    let broken = host.run(idle_as("broken", "broken")).await?;
+    let sound = host.run(idle_as("sound", "sound")).await?;
+    let relay = Relay::start(&host)?;
+    relay.broken.send_replace(Some(broken.id().to_owned()));
+    let stage = relay.stage(host).await?;
+    // Known from the first look, without asking.
+    wait_for_call(&stage, "sound", Duration::from_secs(3)).await?;
+    ensure!(ask(&sound).await?.is("sound"), "not served");
+    let refused = ask(&broken).await?;
+    ensure!(refused.status == 503 && refused.took < Duration::from_secs(2), "{refused:?}");
+    // And the events of others still come.
+    let new = stage.run(idle_as("new", "new")).await?;
+    wait_for_call(&stage, "new", Duration::from_secs(2)).await?;
+    ensure!(ask(&new).await?.is("new"), "not served");
+    relay.broken.send_replace(None);
+    ensure!(ask(&broken).await?.is("broken"), "not served after all");
     stage.assert_no_leak()
 }
 
