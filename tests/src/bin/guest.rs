@@ -114,6 +114,7 @@ async fn leaks(host: &TestHost, imds: &Imds, name: &str) -> Result<String> {
     ensure!(role.trim() == HOST_ROLE, "{role:?}");
     ensure!(!imds.credential_requests().is_empty(), "the stand-in has seen nothing");
     imds.clear();
+    ensure!(frame_leaves(host)?, "a frame does not leave by up0");
     let pinged = asked_to_ping(host, &format!("{name}-ping")).await?;
     ensure!(pinged == 0, "ping ended with {pinged}");
     Ok(role.trim().to_owned())
@@ -163,7 +164,19 @@ async fn own_role(stage: &Stage, name: &str, network: Network) -> Result<String>
     Ok(format!("role {name}: {}", times.join(", ")))
 }
 
-/// Past connect(2) go the frames of packet sockets; by tcx or clsact they are stopped where they would leave.
+/// Past connect(2) go the frames of packet sockets: whether the uplink takes one.
+fn frame_leaves(host: &TestHost) -> Result<bool> {
+    let probe = env::current_exe()?.with_file_name("probe");
+    let said = text(host.command(probe).args(["frame-blind", "up0"]).output()?)?;
+    let outcome: serde_json::Value = serde_json::from_str(&said)?;
+    match (outcome["outcome"].as_str(), outcome["detail"].as_str()) {
+        (Some("timeout"), Some("sent")) => Ok(true),
+        (Some("refused"), Some("sendto: ENOBUFS")) => Ok(false),
+        _ => bail!("the probe says {said}"),
+    }
+}
+
+/// By tcx or clsact frames are stopped where they would leave.
 async fn uplink(stage: &mut Stage) -> Result<String> {
     stage.daemon.wait_for("guarding the uplink", LIMIT / 2, |log| log.contains("guarding uplink up0")).await?;
     let warned = stage
@@ -173,7 +186,8 @@ async fn uplink(stage: &mut Stage) -> Result<String> {
         .find(|line| line.contains("packet sockets can") && line.contains("up0"))
         .map(str::to_owned);
     ensure!(warned.is_none(), "{warned:?}");
-    Ok("guarding up0".to_owned())
+    ensure!(!frame_leaves(&stage.host)?, "a frame leaves by up0");
+    Ok("guarding up0: the frame is dropped".to_owned())
 }
 
 fn host_process(stage: &Stage) -> Result<String> {
@@ -209,12 +223,14 @@ async fn killed(stage: &mut Stage) -> Result<String> {
     }
     let requests = stage.imds.requests();
     ensure!(requests.is_empty(), "the stand-in was asked: {requests:?}");
+    ensure!(!frame_leaves(&stage.host)?, "a frame leaves by up0");
     Ok(seen.join("; "))
 }
 
 async fn back(stage: &mut Stage) -> Result<String> {
     stage.daemon = stage.host.daemon(daemon_options())?;
     stage.daemon.wait_ready(LIMIT / 2).await?;
+    ensure!(!frame_leaves(&stage.host)?, "a frame leaves by up0");
     own_role(stage, "again", Network::Default).await
 }
 

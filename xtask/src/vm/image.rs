@@ -13,7 +13,7 @@ use crate::install::{CERTIFICATES, Kernel, ask, find, quietly};
 
 const INIT: &str = include_str!("init.sh");
 const ENGINE: [&str; 4] = ["dockerd", "containerd", "containerd-shim-runc-v2", "runc"];
-const OURS: [&str; 3] = ["metadata-proxy", "guest", "aws-config-client"];
+const OURS: [&str; 4] = ["metadata-proxy", "guest", "aws-config-client", "probe"];
 
 /// In the order of their dependencies. No device: the guest's world is its memory.
 const MODULES: [&str; 7] = [

@@ -26,6 +26,14 @@ pub(crate) fn packet(interface: &str, direct: bool) -> Tried {
     accepted(&receiver)
 }
 
+/// By AF_PACKET to nobody's hardware address: whether the interface takes it is all there is to see.
+pub(crate) fn blind(interface: &str) -> Tried {
+    let to = Address::link(IPV4, index(interface)?, [2, 0, 0, 0, 0, 1]);
+    let socket = sys::socket(AF_PACKET, SOCK_DGRAM, 0).map_err(at("socket"))?;
+    sys::send(&socket, &ip_packet([10, 0, 0, 1]), 0, Some(&to)).map_err(at("sendto"))?;
+    Ok(Outcome::Timeout("sent".into()))
+}
+
 fn index(interface: &str) -> Result<u32, Outcome> {
     sys::interface_index(interface).map_err(at("interface"))
 }

@@ -113,6 +113,7 @@ fn run(words: &[&str]) -> Tried {
         ["detach-links", cgroup] => namespaces::detach_links(number(cgroup)?),
         ["frame", interface] => frames::packet(interface, false),
         ["frame-direct", interface] => frames::packet(interface, true),
+        ["frame-blind", interface] => frames::blind(interface),
         ["frame-xdp", interface] => frames::xdp(interface),
         [way] => plain(way),
         _ => Err(Outcome::Error("no such way".into())),
