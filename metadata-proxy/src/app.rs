@@ -35,9 +35,10 @@ use crate::{
     imds::{Imds, Rest},
     interceptor::{self, Interceptor, features, preflight},
     listeners::Listeners,
+    log_limit::LogLimit,
     metrics::{self, Metrics},
     netns,
-    server::Server,
+    server::{self, Server},
     token_key,
     upstream::Upstream,
     workload::{Known, Workload, Workloads},
@@ -176,8 +177,10 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         credentials,
         upstream,
         require_imdsv2,
-        connections: Arc::default(),
+        limits: config.limits,
         metrics,
+        usage: server::Usage::default(),
+        log: LogLimit::default(),
     });
     let stop = CancellationToken::new();
     let mut server = tokio::spawn(server.run(connections, stop.clone()));

@@ -13,7 +13,7 @@ use crate::{
     credentials::Aws,
     interceptor::{self, features, preflight},
     netns,
-    upstream::Upstream,
+    upstream::{Payload, Upstream},
 };
 
 /// For each thing that is somebody else's to answer.
@@ -103,9 +103,9 @@ async fn real_service(config: &Config) -> anyhow::Result<String> {
         None => return Ok("not used (--disable-upstream)".to_owned()),
     };
     let remedy = || format!("{endpoint}: off EC2, run with --simulate or --disable-upstream");
-    let answer = Upstream::new(endpoint.clone()).get(PATH).await.with_context(remedy)?;
-    if !answer.status.is_success() {
-        bail!("{endpoint} answers {} to {PATH}", answer.status);
+    let answer = Upstream::new(endpoint.clone()).get(PATH, true).await.with_context(remedy)?;
+    match answer.payload {
+        Payload::Whole(id) if answer.status.is_success() => Ok(format!("this is {}", String::from_utf8_lossy(&id))),
+        _ => bail!("{endpoint} answers {} to {PATH}", answer.status),
     }
-    Ok(format!("this is {}", String::from_utf8_lossy(&answer.body)))
 }

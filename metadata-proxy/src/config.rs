@@ -1,5 +1,6 @@
 //! Flags, environment and file, resolved into one validated configuration.
 
+mod limits;
 mod rules;
 
 use std::{
@@ -18,6 +19,7 @@ use crate::{
     cli::{LogFormat, Run},
     identity::{self, Kind, Template, session_tag},
     imds::{Instance, InstanceSettings, Policy},
+    server::Limits,
 };
 
 /// Said in one line: what is wrong, and where it stands.
@@ -39,6 +41,7 @@ pub(crate) struct Config {
     pub(crate) exempt_cgroups: Vec<PathBuf>,
     pub(crate) admin_socket: PathBuf,
     pub(crate) metrics_address: Option<SocketAddr>,
+    pub(crate) limits: Limits,
     pub(crate) log_format: LogFormat,
     pub(crate) log: String,
 }
@@ -75,6 +78,7 @@ struct File {
     /// Turns the simulation on where it stands.
     simulate: Option<InstanceSettings>,
     exempt: ExemptTable,
+    limits: limits::Table,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -183,6 +187,7 @@ impl Config {
             exempt_cgroups: if run.exempt_cgroup.is_empty() { file.exempt.cgroups } else { run.exempt_cgroup },
             admin_socket: run.admin_socket.path(),
             metrics_address,
+            limits: file.limits.limits().map_err(|error| BadConfig(format!("{file_name}: [limits]: {error}")))?,
             log_format: run.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
             log,
         })
@@ -312,7 +317,9 @@ mod tests {
         // Unknown keys are errors.
         toml::from_str::<File>(&all).unwrap();
         let all: toml::Table = toml::from_str(&all).unwrap();
-        let tables = || all.iter().chain(["upstream", "exempt"].iter().flat_map(|name| all[*name].as_table().unwrap()));
+        let tables = || {
+            all.iter().chain(["upstream", "exempt", "limits"].iter().flat_map(|name| all[*name].as_table().unwrap()))
+        };
         let run = <Cli as clap::CommandFactory>::command().find_subcommand("run").unwrap().clone();
         for flag in run.get_arguments().filter_map(clap::Arg::get_long) {
             // Two are flags only; one may be repeated, and is a list in the file.

@@ -109,7 +109,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
 
     /// The deepest known container on the way from the task's cgroup up: nested cgroups are their
     /// container's.
-    fn find(&self, flow: &Flow) -> Option<Arc<W>> {
+    pub(crate) fn find(&self, flow: &Flow) -> Option<Arc<W>> {
         let cgroups = self.read_cgroups();
         let path = std::iter::once(flow.cgroup).chain(flow.ancestors.into_iter().rev());
         let id = path.filter_map(|cgroup| cgroups.get(&cgroup)).next()?.clone();

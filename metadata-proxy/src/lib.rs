@@ -13,6 +13,7 @@ mod identity;
 mod imds;
 mod interceptor;
 mod listeners;
+mod log_limit;
 mod metrics;
 mod netns;
 mod server;

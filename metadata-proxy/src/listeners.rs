@@ -28,6 +28,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     interceptor::{Interceptor, WantedEvents},
+    log_limit::LogLimit,
     netns,
 };
 use socket::{Opened, Taken};
@@ -54,6 +55,8 @@ pub(crate) struct Listeners {
     inherited: Mutex<HashMap<u64, u16>>,
     connections: mpsc::Sender<Connection>,
     tasks: TaskTracker,
+    /// Of connections that come to nothing.
+    log: LogLimit,
 }
 
 struct Open {
@@ -84,9 +87,9 @@ impl Listeners {
     ) -> Arc<Self> {
         let ports = Arc::new(interceptor.listeners());
         let inherited = Mutex::new(HashMap::clone(&ports));
-        let (open, opening, taken, tasks) = Default::default();
+        let (open, opening, taken, tasks, log) = Default::default();
         let guard = Box::new(guard);
-        Arc::new(Self { interceptor, worker, guard, taken, ports, open, opening, inherited, connections, tasks })
+        Arc::new(Self { interceptor, worker, guard, taken, ports, open, opening, inherited, connections, tasks, log })
     }
 
     /// Opens listeners as the kernel asks for them, until the ring buffer fails.
@@ -186,7 +189,9 @@ impl Listeners {
                 Ok((connection, _)) => self.hand_over(connection, netns).await,
                 Err(error) => {
                     // Out of descriptors, or a connection gone before we took it. Neither may spin.
-                    warn!("accept in network namespace {netns}: {error}");
+                    if let Some(line) = self.log.line() {
+                        warn!(unsaid = line.unsaid, "accept in network namespace {netns}: {error}");
+                    }
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             }
@@ -210,7 +215,12 @@ impl Listeners {
             // Fails only when the server is gone, and then nobody is there to care.
             Some(flow) if flow.netns == netns => drop(self.connections.send((connection, flow)).await),
             // Closed by dropping it: who it is nobody can tell.
-            _ => warn!("closed a connection without a recorded flow in network namespace {netns}"),
+            _ => {
+                if let Some(line) = self.log.line() {
+                    let unsaid = line.unsaid;
+                    warn!(unsaid, "closed a connection without a recorded flow in network namespace {netns}");
+                }
+            }
         }
     }
 

@@ -15,7 +15,7 @@ use crate::{containers, interceptor::Interceptor, listeners::Listeners, workload
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Metrics {
     requests: Family<Answered, Counter>,
-    refused_connections: Counter,
+    refused: Family<Refused, Counter>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -25,21 +25,26 @@ struct Answered {
     status: u16,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Refused {
+    reason: &'static str,
+}
+
 impl Metrics {
     pub(crate) fn answered(&self, caller: &'static str, status: http::StatusCode) {
         self.requests.get_or_create(&Answered { caller, status: status.as_u16() }).inc();
     }
 
-    pub(crate) fn refused_connection(&self) {
-        self.refused_connections.inc();
+    pub(crate) fn refused(&self, reason: &'static str) {
+        self.refused.get_or_create(&Refused { reason }).inc();
     }
 
     /// Everything there is to scrape.
     pub(crate) fn registry(&self, parts: Parts) -> Registry {
         let mut registry = Registry::with_prefix("metadata_proxy");
         registry.register("requests", "Requests answered, by caller and status", self.requests.clone());
-        let refused = self.refused_connections.clone();
-        registry.register("refused_connections", "Connections over the limit of their cgroup", refused);
+        let help = "Connections and requests refused for a limit of their container, by the limit";
+        registry.register("refused", help, self.refused.clone());
         registry.register_collector(Box::new(parts));
         registry
     }

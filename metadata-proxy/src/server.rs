@@ -1,11 +1,9 @@
 //! HTTP over the accepted connections: limits, and the way of a request from its flow to an answer.
 
-use std::{
-    collections::HashMap,
-    convert::Infallible,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+mod body;
+mod shares;
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{
@@ -13,7 +11,6 @@ use http::{
     header::{CONNECTION, TRANSFER_ENCODING, USER_AGENT},
     request::Parts,
 };
-use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -31,23 +28,20 @@ use crate::{
     credentials::{Failure, RoleSession, Store},
     identity::{RoleArn, Verdict},
     imds::{
-        Action, Caller, Forward, IamRequest, Imds, Response,
+        Action, Caller, Forward, IamRequest, Imds,
         iam::{self, CredentialDocument, IamFailure},
         response,
     },
     listeners::Connection,
+    log_limit::{Line, LogLimit},
     metrics::Metrics,
-    upstream::Upstream,
+    upstream::{Answer, Payload, Upstream},
     workload::Workload,
 };
+use body::Body;
+pub(crate) use shares::Limits;
+use shares::Shares;
 
-/// For the whole head of a request, and between two requests.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
-/// An SDK's request has about 500 bytes in 10 headers.
-const HEAD_LIMIT: usize = 8192;
-const HEADERS_LIMIT: usize = 64;
-/// Of one cgroup at a time. An SDK has one or two.
-const CONNECTIONS_PER_CGROUP: usize = 256;
 /// What the daemon's end waits for requests in flight.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -61,13 +55,21 @@ pub(crate) struct Server {
     pub(crate) upstream: Option<Upstream>,
     /// Of those whom nobody knows; containers' is decided for each.
     pub(crate) require_imdsv2: bool,
-    pub(crate) connections: Arc<ConnectionCount>,
+    pub(crate) limits: Limits,
     pub(crate) metrics: Metrics,
+    pub(crate) usage: Usage,
+    /// Of strangers, and of what fails behind us.
+    pub(crate) log: LogLimit,
 }
 
-/// Connections by cgroup.
+/// What each container has at the moment.
 #[derive(Default)]
-pub(crate) struct ConnectionCount(Mutex<HashMap<u64, usize>>);
+pub(crate) struct Usage {
+    connections: Arc<Shares>,
+    requests: Arc<Shares>,
+}
+
+type Response<B = Bytes> = http::Response<B>;
 
 impl Server {
     /// Serves until told to stop, then lets requests in flight end.
@@ -79,29 +81,28 @@ impl Server {
                 Some(accepted) = connections.recv() => accepted,
                 () = stop.cancelled() => break,
             };
-            let Some(permit) = self.connections.enter(flow.cgroup) else {
-                self.metrics.refused_connection();
-                debug!(cgroup = flow.cgroup, "closed a connection over the limit of {CONNECTIONS_PER_CGROUP}");
+            // Nested cgroups share what their container has.
+            let cgroup = self.registry.find(&flow).map_or(flow.cgroup, |workload| workload.container.cgroup);
+            let Some(connected) = self.usage.connections.enter(cgroup, self.limits.connections) else {
+                self.metrics.refused("connections");
+                debug!(cgroup, "closed a connection over the limit of {}", self.limits.connections);
                 continue;
             };
             let server = Arc::clone(&self);
             let service = service_fn(move |request| {
                 let server = Arc::clone(&server);
-                async move { Ok::<_, Infallible>(server.answer(request, &flow).await.map(Full::new)) }
+                async move { Ok::<_, Infallible>(server.admit(request, cgroup, &flow).await) }
             });
-            let http = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT)
-                .max_buf_size(HEAD_LIMIT)
-                .max_headers(HEADERS_LIMIT)
-                .title_case_headers(true)
-                .serve_connection(TokioIo::new(connection), service);
-            let served = graceful.watch(http);
+            let served = graceful.watch(http(&self.limits).serve_connection(TokioIo::new(connection), service));
+            let server = Arc::clone(&self);
             tokio::spawn(async move {
                 if let Err(error) = served.await {
-                    debug!(cgroup = flow.cgroup, "connection ended: {error}");
+                    debug!(cgroup, "connection ended: {error}");
+                    if let Some(limit) = limit_of(&error) {
+                        server.metrics.refused(limit);
+                    }
                 }
-                drop(permit);
+                drop(connected);
             });
         }
         if timeout(DRAIN, graceful.shutdown()).await.is_err() {
@@ -109,15 +110,24 @@ impl Server {
         }
     }
 
-    async fn answer(&self, request: Request<Incoming>, flow: &Flow) -> Response {
+    async fn admit(&self, request: Request<Incoming>, cgroup: u64, flow: &Flow) -> Response<Body> {
+        let Some(entered) = self.usage.requests.enter(cgroup, self.limits.requests) else {
+            self.metrics.refused("requests");
+            debug!(cgroup, "refused a request over the limit of {}", self.limits.requests);
+            return response::empty(StatusCode::SERVICE_UNAVAILABLE, Timestamp::now()).map(Body::from);
+        };
+        self.answer(request, flow).await.map(|body| body.of(Some(entered)))
+    }
+
+    async fn answer(&self, request: Request<Incoming>, flow: &Flow) -> Response<Body> {
         // The body means nothing on any path; what is left unread of it closes the connection.
         let (head, _body) = request.into_parts();
         let now = Timestamp::now();
         // For each request: a connection may outlive its container, or what has been decided about it.
         let (caller, mut answer) = match self.registry.resolve(flow).await {
             Ok(Some(workload)) => ("container", self.answer_container(&head, &workload, now).await),
-            Ok(None) => ("stranger", self.answer_stranger(&head, flow, now)),
-            Err(error) => ("unresolved", unknown_for_now(flow, error, now)),
+            Ok(None) => ("stranger", self.answer_stranger(&head, flow, now).map(Body::from)),
+            Err(error) => ("unresolved", self.unknown_for_now(flow, &error, now).map(Body::from)),
         };
         self.metrics.answered(caller, answer.status());
         if in_doubt(&head, answer.status()) {
@@ -126,12 +136,12 @@ impl Server {
         answer
     }
 
-    async fn answer_container(&self, head: &Parts, workload: &Workload, now: Timestamp) -> Response {
+    async fn answer_container(&self, head: &Parts, workload: &Workload, now: Timestamp) -> Response<Body> {
         workload.activity.saw(head.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()));
         let standing = workload.standing();
         if standing.decision.verdict == Verdict::Instance {
             // It connected before the kernel knew, or before a rule said so; its next connection is let through.
-            let mut answer = response::empty(StatusCode::SERVICE_UNAVAILABLE, now);
+            let mut answer = response::empty(StatusCode::SERVICE_UNAVAILABLE, now).map(Body::from);
             answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             return answer;
         }
@@ -142,10 +152,12 @@ impl Server {
         };
         let routed = self.imds.route(head, &caller, now);
         let mut answer = match (routed.action, standing.role()) {
-            (Action::Reply(answer), _) => answer,
-            (Action::Iam(request), Some((arn, session))) => self.hand_out(request, arn, session, workload).await,
+            (Action::Reply(answer), _) => answer.map(Body::from),
+            (Action::Iam(request), Some((arn, session))) => {
+                self.hand_out(request, arn, session, workload).await.map(Body::from)
+            }
             // A role whose account is not known yet; without any role there is no such request.
-            (Action::Iam(_), None) => response::empty(StatusCode::SERVICE_UNAVAILABLE, now),
+            (Action::Iam(_), None) => response::empty(StatusCode::SERVICE_UNAVAILABLE, now).map(Body::from),
             (Action::Forward(forward), _) => self.forward(&forward, now).await,
         };
         if let Some(ttl) = routed.token_ttl {
@@ -178,9 +190,11 @@ impl Server {
         let arn = arn.as_str();
         match credentials {
             Ok(credentials) => {
-                if request == IamRequest::Credentials {
-                    let container = &workload.container;
-                    info!(container = container.name, role = arn, access_key = credentials.access_key_id, "handed out");
+                if request == IamRequest::Credentials
+                    && let Some(Line { unsaid }) = workload.log.line()
+                {
+                    let (container, access_key) = (&workload.container.name, &credentials.access_key_id);
+                    info!(container, role = arn, access_key, unsaid, "handed out");
                 }
                 let document = CredentialDocument {
                     access_key_id: &credentials.access_key_id,
@@ -192,7 +206,9 @@ impl Server {
                 iam::respond(request, arn, Ok(&document), now)
             }
             Err(failure) => {
-                warn!(container = workload.container.name, role = arn, "no credentials: {failure}");
+                if let Some(Line { unsaid }) = workload.log.line() {
+                    warn!(container = workload.container.name, role = arn, unsaid, "no credentials: {failure}");
+                }
                 let failure = match failure {
                     Failure::Refused { .. } => IamFailure::Refused,
                     Failure::Unavailable { .. } => IamFailure::Unavailable,
@@ -202,30 +218,72 @@ impl Server {
         }
     }
 
-    async fn forward(&self, forward: &Forward, now: Timestamp) -> Response {
-        let Some(upstream) = &self.upstream else { return response::not_found(now) };
-        let answer = match upstream.get(forward.path()).await {
+    async fn forward(&self, forward: &Forward, now: Timestamp) -> Response<Body> {
+        let Some(upstream) = &self.upstream else { return response::not_found(now).map(Body::from) };
+        let Answer { status, headers, payload } = match upstream.get(forward.path(), forward.is_listing()).await {
             Ok(answer) => answer,
             Err(error) => {
-                warn!("{error}");
-                return response::empty(error.status(), now);
+                if let Some(Line { unsaid }) = self.log.line() {
+                    warn!(unsaid, "{error}");
+                }
+                return response::empty(error.status(), now).map(Body::from);
             }
         };
-        let mut body = answer.body;
-        if forward.is_listing() && answer.status == StatusCode::OK {
-            body = Bytes::from(self.imds.filter_listing(forward, &String::from_utf8_lossy(&body)));
-        }
-        response::forwarded(answer.status, answer.headers, body, now)
+        let (body, length) = match payload {
+            Payload::Stream(stream, length) => (Body::streamed(stream), length),
+            Payload::Whole(body) if forward.is_listing() && status == StatusCode::OK => {
+                let listing = self.imds.filter_listing(forward, &String::from_utf8_lossy(&body));
+                let length = listing.len() as u64;
+                (Body::from(Bytes::from(listing)), length)
+            }
+            Payload::Whole(body) => {
+                let length = body.len() as u64;
+                (Body::from(body), length)
+            }
+        };
+        response::forwarded(status, headers, body, length, now)
     }
 
     fn answer_stranger(&self, head: &Parts, flow: &Flow, now: Timestamp) -> Response {
-        info!(cgroup = flow.cgroup, pid = flow.pid, path = head.uri.path(), "refused a process of no known container");
+        if let Some(Line { unsaid }) = self.log.line() {
+            let path = head.uri.path();
+            info!(cgroup = flow.cgroup, pid = flow.pid, path, unsaid, "refused a process of no known container");
+        }
         let id = format!("cgroup {}", flow.cgroup);
         let caller = Caller { id: &id, role: None, require_token: self.require_imdsv2 };
         match self.imds_of_strangers.route(head, &caller, now).action {
             Action::Reply(answer) => answer,
             Action::Iam(_) | Action::Forward(_) => response::not_found(now),
         }
+    }
+
+    /// Not the stranger's answer: the client is to try again.
+    fn unknown_for_now(&self, flow: &Flow, error: &EngineError, now: Timestamp) -> Response {
+        if let Some(Line { unsaid }) = self.log.line() {
+            warn!(cgroup = flow.cgroup, pid = flow.pid, unsaid, "cannot tell whose request this is: {error}");
+        }
+        response::empty(StatusCode::SERVICE_UNAVAILABLE, now)
+    }
+}
+
+/// HTTP as containers may speak it.
+pub(crate) fn http(limits: &Limits) -> http1::Builder {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(limits.head_timeout)
+        .max_buf_size(limits.head_size)
+        .max_headers(limits.headers)
+        .title_case_headers(true);
+    http
+}
+
+/// Which limit has ended a connection.
+fn limit_of(error: &hyper::Error) -> Option<&'static str> {
+    match error {
+        error if error.is_timeout() => Some("head_timeout"),
+        error if error.is_parse_too_large() => Some("head_size"),
+        error if error.is_parse() => Some("malformed"),
+        _ => None,
     }
 }
 
@@ -235,62 +293,4 @@ impl Server {
 /// wants such a connection closed. No SDK sends any body.
 fn in_doubt(head: &Parts, status: StatusCode) -> bool {
     matches!(status, StatusCode::BAD_REQUEST | StatusCode::URI_TOO_LONG) || head.headers.contains_key(TRANSFER_ENCODING)
-}
-
-/// Not the stranger's answer: the client is to try again.
-fn unknown_for_now(flow: &Flow, error: EngineError, now: Timestamp) -> Response {
-    warn!(cgroup = flow.cgroup, pid = flow.pid, "cannot tell whose request this is: {error}");
-    response::empty(StatusCode::SERVICE_UNAVAILABLE, now)
-}
-
-impl ConnectionCount {
-    /// None: this cgroup has its share.
-    fn enter(self: &Arc<Self>, cgroup: u64) -> Option<Entered> {
-        let mut counts = self.lock();
-        let count = counts.entry(cgroup).or_default();
-        if *count >= CONNECTIONS_PER_CGROUP {
-            return None;
-        }
-        *count += 1;
-        Some(Entered { counts: Arc::clone(self), cgroup })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One connection, until it is dropped.
-struct Entered {
-    counts: Arc<ConnectionCount>,
-    cgroup: u64,
-}
-
-impl Drop for Entered {
-    fn drop(&mut self) {
-        let mut counts = self.counts.lock();
-        if let Some(count) = counts.get_mut(&self.cgroup) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.cgroup);
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_cgroup_has_its_share_of_connections_and_no_more() {
-        let counts = Arc::<ConnectionCount>::default();
-        let mut entered: Vec<_> = (0..CONNECTIONS_PER_CGROUP).map(|_| counts.enter(1).unwrap()).collect();
-        assert!(counts.enter(1).is_none());
-        assert!(counts.enter(2).is_some());
-        entered.pop();
-        assert!(counts.enter(1).is_some());
-        drop(entered);
-        assert!(counts.lock().is_empty());
-    }
 }

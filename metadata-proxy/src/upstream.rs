@@ -3,29 +3,37 @@
 //! Nothing of the container's request but the canonical path goes there, and nothing of the answer
 //! but status, type and body comes back.
 
+mod constant;
+mod pool;
+mod relay;
+
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri,
-    header::{CONTENT_TYPE, ETAG, LAST_MODIFIED, USER_AGENT},
+    header::{CONTENT_TYPE, ETAG, HOST, LAST_MODIFIED, USER_AGENT},
 };
-use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::TokioExecutor,
+use http_body_util::Empty;
+use tokio::{
+    sync::{Mutex, OwnedSemaphorePermit, Semaphore},
+    time::timeout,
 };
-use tokio::time::timeout;
 use tracing::debug;
 
-/// The SDKs' own patience is a second.
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+use constant::Constants;
+use pool::{Exchange, Pool};
+pub(crate) use relay::{Cut, Payload};
+
+/// From the question to the head of its answer, and to the end of what is taken whole. The SDKs' own patience is a second.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// User-data is at most 16 KiB, and nothing else in the tree is larger than a few.
 const BODY_LIMIT: usize = 1 << 20;
+/// Questions at the same time, answers that are still being passed on included; the rest wait, within their time.
+const AT_ONCE: usize = 128;
 const TOKEN_TTL: Duration = Duration::from_secs(21600);
 /// A token is renewed so long before its end that no request in flight can outlive it.
 const TOKEN_MARGIN: Duration = Duration::from_secs(60);
@@ -36,14 +44,18 @@ const TOKEN: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token");
 const TTL: HeaderName = HeaderName::from_static("x-aws-ec2-metadata-token-ttl-seconds");
 const AGENT: HeaderValue = HeaderValue::from_static(concat!("metadata-proxy/", env!("CARGO_PKG_VERSION")));
 
+type Source = Box<dyn std::error::Error + Send + Sync>;
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("the real metadata service at {0} does not answer within {TIMEOUT:?}")]
     Timeout(Uri),
     #[error("the real metadata service at {0} refuses us, also with a new session token")]
     Refused(Uri),
+    #[error("the real metadata service at {0} answers with more than {BODY_LIMIT} bytes")]
+    TooLarge(Uri),
     #[error("cannot ask the real metadata service at {uri}: {source}")]
-    Failed { uri: Uri, source: Box<dyn std::error::Error + Send + Sync> },
+    Failed { uri: Uri, source: Source },
 }
 
 impl Error {
@@ -51,7 +63,7 @@ impl Error {
     pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::Timeout(_) => StatusCode::GATEWAY_TIMEOUT,
-            Self::Refused(_) | Self::Failed { .. } => StatusCode::BAD_GATEWAY,
+            Self::Refused(_) | Self::TooLarge(_) | Self::Failed { .. } => StatusCode::BAD_GATEWAY,
         }
     }
 }
@@ -61,13 +73,16 @@ impl Error {
 pub(crate) struct Answer {
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
-    pub(crate) body: Bytes,
+    pub(crate) payload: Payload,
 }
 
 pub(crate) struct Upstream {
-    client: Client<HttpConnector, Empty<Bytes>>,
     endpoint: Uri,
+    pool: Arc<Pool>,
+    slots: Arc<Semaphore>,
+    /// Locked while a token is fetched: one for all who wait.
     session: Mutex<Option<Session>>,
+    constants: Constants,
 }
 
 #[derive(Clone)]
@@ -79,95 +94,117 @@ struct Session {
 
 impl Upstream {
     pub(crate) fn new(endpoint: Uri) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        // The real service closes after each answer. A connection kept for the next request may be closed
-        // just as that is sent, which then fails for no reason that a client could understand.
-        let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build(connector);
-        Self { client, endpoint, session: Mutex::default() }
+        let pool = Arc::new(Pool::new(&endpoint));
+        let slots = Arc::new(Semaphore::new(AT_ONCE));
+        Self { endpoint, pool, slots, session: Mutex::default(), constants: Constants::default() }
     }
 
     /// Fetches a canonical path, also for a HEAD: the length of what is filtered is known only from the whole.
-    pub(crate) async fn get(&self, path: &str) -> Result<Answer, Error> {
+    /// What is not wanted whole may come as a stream.
+    pub(crate) async fn get(&self, path: &str, whole: bool) -> Result<Answer, Error> {
+        if let Some(answer) = self.constants.get(path) {
+            return Ok(answer);
+        }
         let uri = self.uri(path)?;
-        let exchange = async {
-            let session = self.session().await?;
-            let answer = self.ask(&uri, &session).await?;
-            if answer.status != StatusCode::UNAUTHORIZED {
-                return Ok(answer);
-            }
+        let whole = whole || constant::is_constant(path);
+        let asked = timeout(TIMEOUT, self.exchange(&uri, whole)).await;
+        let answer = asked.unwrap_or_else(|_| Err(Error::Timeout(uri)))?;
+        self.constants.keep(path, &answer);
+        Ok(answer)
+    }
+
+    async fn exchange(&self, uri: &Uri, whole: bool) -> Result<Answer, Error> {
+        // Fails only when closed, which it never is.
+        let slot = Arc::clone(&self.slots).acquire_owned().await.map_err(|error| failed(uri, error))?;
+        let session = self.session().await?;
+        let mut exchange = self.ask(uri, &session).await?;
+        if exchange.status() == StatusCode::UNAUTHORIZED {
             // The token has been withdrawn, or tokens have become required.
             debug!("the real metadata service refuses our session token; taking another");
-            self.forget();
+            *self.session.lock().await = None;
             let session = self.session().await?;
-            let answer = self.ask(&uri, &session).await?;
+            exchange = self.ask(uri, &session).await?;
             // To a container this status would say that its own token is bad.
-            if answer.status == StatusCode::UNAUTHORIZED {
+            if exchange.status() == StatusCode::UNAUTHORIZED {
                 return Err(Error::Refused(uri.clone()));
             }
-            Ok(answer)
-        };
-        timeout(TIMEOUT, exchange).await.unwrap_or_else(|_| Err(Error::Timeout(uri.clone())))
+        }
+        answer(uri, exchange, whole, slot).await
     }
 
     async fn session(&self) -> Result<Session, Error> {
-        let known = self.session.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(session) = known.filter(|session| Instant::now() < session.until) {
-            return Ok(session);
+        let mut known = self.session.lock().await;
+        if let Some(session) = known.as_ref().filter(|session| Instant::now() < session.until) {
+            return Ok(session.clone());
         }
         let uri = self.uri("/latest/api/token")?;
-        let mut headers = HeaderMap::new();
-        headers.insert(TTL, HeaderValue::from(TOKEN_TTL.as_secs()));
-        let answer = self.send(&Method::PUT, &uri, headers).await?;
-        let session = match answer.status {
-            StatusCode::OK if answer.body.len() <= TOKEN_LIMIT => {
-                let mut token = HeaderValue::from_maybe_shared(answer.body)
-                    .map_err(|error| Error::Failed { uri: uri.clone(), source: error.into() })?;
+        let exchange = self.send(Method::PUT, &uri, TTL, Some(HeaderValue::from(TOKEN_TTL.as_secs()))).await?;
+        let status = exchange.status();
+        let body = exchange.whole(TOKEN_LIMIT).await.map_err(|error| failed(&uri, error))?;
+        let session = match body {
+            Some(body) if status == StatusCode::OK => {
+                let mut token = HeaderValue::from_maybe_shared(body).map_err(|error| failed(&uri, error))?;
                 token.set_sensitive(true);
                 Session { token: Some(token), until: Instant::now() + TOKEN_TTL - TOKEN_MARGIN }
             }
             // No tokens there. Not for ever: a hop limit or a setting may change.
             _ => Session { token: None, until: Instant::now() + TOKEN_MARGIN },
         };
-        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.clone());
+        *known = Some(session.clone());
         Ok(session)
     }
 
-    fn forget(&self) {
-        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    async fn ask(&self, uri: &Uri, session: &Session) -> Result<Exchange, Error> {
+        self.send(Method::GET, uri, TOKEN, session.token.clone()).await
     }
 
-    async fn ask(&self, uri: &Uri, session: &Session) -> Result<Answer, Error> {
-        let mut headers = HeaderMap::new();
-        if let Some(token) = &session.token {
-            headers.insert(TOKEN, token.clone());
-        }
-        self.send(&Method::GET, uri, headers).await
-    }
-
-    async fn send(&self, method: &Method, uri: &Uri, headers: HeaderMap) -> Result<Answer, Error> {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Failed { uri: uri.clone(), source };
-        let mut request = Request::new(Empty::new());
-        *request.method_mut() = method.clone();
-        *request.uri_mut() = uri.clone();
-        *request.headers_mut() = headers;
+    async fn send(
+        &self,
+        method: Method,
+        uri: &Uri,
+        name: HeaderName,
+        value: Option<HeaderValue>,
+    ) -> Result<Exchange, Error> {
+        let mut request = Request::new(Empty::<Bytes>::new());
+        *request.method_mut() = method;
+        let target = uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+        *request.uri_mut() = target.parse().map_err(|error| failed(uri, error))?;
+        let host = uri.authority().map_or("", http::uri::Authority::as_str);
+        request.headers_mut().insert(HOST, host.parse().map_err(|error| failed(uri, error))?);
         request.headers_mut().insert(USER_AGENT, AGENT);
-        let response = self.client.request(request).await.map_err(|error| failed(error.into()))?;
-        let (head, body) = response.into_parts();
-        let body = Limited::new(body, BODY_LIMIT).collect().await.map_err(failed)?.to_bytes();
-        let mut headers = HeaderMap::new();
-        for name in [CONTENT_TYPE, ETAG, LAST_MODIFIED] {
-            if let Some(value) = head.headers.get(&name) {
-                headers.insert(name, value.clone());
-            }
+        if let Some(value) = value {
+            request.headers_mut().insert(name, value);
         }
-        Ok(Answer { status: head.status, headers, body })
+        Pool::send(&self.pool, request).await.map_err(|source| Error::Failed { uri: uri.clone(), source })
     }
 
     fn uri(&self, path: &str) -> Result<Uri, Error> {
         let mut parts = self.endpoint.clone().into_parts();
-        let failed = |source| Error::Failed { uri: self.endpoint.clone(), source };
-        parts.path_and_query = Some(path.parse().map_err(|error: http::uri::InvalidUri| failed(error.into()))?);
-        Uri::from_parts(parts).map_err(|error| failed(error.into()))
+        parts.path_and_query = Some(path.parse().map_err(|error| failed(&self.endpoint, error))?);
+        Uri::from_parts(parts).map_err(|error| failed(&self.endpoint, error))
     }
+}
+
+fn failed(uri: &Uri, source: impl Into<Source>) -> Error {
+    Error::Failed { uri: uri.clone(), source: source.into() }
+}
+
+async fn answer(uri: &Uri, exchange: Exchange, whole: bool, slot: OwnedSemaphorePermit) -> Result<Answer, Error> {
+    let status = exchange.status();
+    let mut headers = HeaderMap::new();
+    for name in [CONTENT_TYPE, ETAG, LAST_MODIFIED] {
+        if let Some(value) = exchange.headers().get(&name) {
+            headers.insert(name, value.clone());
+        }
+    }
+    let payload = match exchange.length() {
+        Some(length) if length > BODY_LIMIT as u64 => return Err(Error::TooLarge(uri.clone())),
+        Some(length) if !whole && length > 0 => relay::start(exchange, length, slot),
+        // Without a length beforehand a client could take a part for the whole; the real service always says it.
+        _ => {
+            let body = exchange.whole(BODY_LIMIT).await.map_err(|error| failed(uri, error))?;
+            Payload::Whole(body.ok_or_else(|| Error::TooLarge(uri.clone()))?)
+        }
+    };
+    Ok(Answer { status, headers, payload })
 }

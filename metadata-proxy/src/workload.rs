@@ -14,6 +14,7 @@ use crate::{
     identity::{self, Decision, Home, RoleArn, Settings, Verdict},
     interceptor::Interceptor,
     listeners::Listeners,
+    log_limit::LogLimit,
 };
 
 /// What makes workloads of containers.
@@ -36,6 +37,8 @@ pub(crate) struct Known {
 pub(crate) struct Workload {
     pub(crate) container: Container,
     pub(crate) activity: Activity,
+    /// Of what it asks and how that ends.
+    pub(crate) log: LogLimit,
     standing: RwLock<Arc<Standing>>,
     _listener: DropGuard,
 }
@@ -77,7 +80,8 @@ impl Workloads {
         let standing = RwLock::new(Arc::new(self.enact(&container, self.decide(&container))));
         let listener = CancellationToken::new();
         tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
-        Workload { container, activity: Activity::default(), standing, _listener: listener.drop_guard() }
+        let (activity, log) = Default::default();
+        Workload { container, activity, log, standing, _listener: listener.drop_guard() }
     }
 
     /// Decides anew about a running container.

@@ -93,6 +93,9 @@ async fn web(stage: &Stage) -> Result<Container> {
 }
 
 const INSTANCE: &str = "/latest/meta-data/instance-id";
+/// It may change, so it is asked for each time.
+const ADDRESS: &str = "/latest/meta-data/local-ipv4";
+const HOST_ADDRESS: &str = "10.0.0.10";
 const ROLES: &str = "/latest/meta-data/iam/security-credentials/";
 const TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 const TOKEN: &str = "x-aws-ec2-metadata-token";
@@ -355,7 +358,7 @@ async fn nothing_of_the_clients_request_but_the_path_is_passed_on() -> Result<()
         ("X-Anything", "of-the-client"),
         ("Connection", "X-Anything, close"),
     ];
-    assert_eq!(ask(&web, &headers, &[INSTANCE]).await?[0].body, HOST_INSTANCE);
+    assert_eq!(ask(&web, &headers, &[ADDRESS]).await?[0].body, HOST_ADDRESS);
     let requests = stage.imds.requests();
     assert_eq!(requests.len(), 2, "{requests:#?}");
     for request in &requests {
@@ -375,8 +378,8 @@ async fn nothing_of_the_clients_request_but_the_path_is_passed_on() -> Result<()
         h.request('PUT', '/latest/api/token', headers={'X-aws-ec2-metadata-token-ttl-seconds': '77'}); \
         print(h.getresponse().read().decode(), end='')";
     let token = web.exec(["/usr/bin/python3", "-c", put]).await?.success()?;
-    let answer = ask(&web, &[(TOKEN, &token)], &[INSTANCE]).await?.remove(0);
-    assert_eq!(answer.body, HOST_INSTANCE);
+    let answer = ask(&web, &[(TOKEN, &token)], &[ADDRESS]).await?.remove(0);
+    assert_eq!(answer.body, HOST_ADDRESS);
     let left: u32 = answer.headers(TTL).first().context("no remaining lifetime")?.parse()?;
     assert!((60..=77).contains(&left), "{left}");
     assert_eq!(answer.headers(TTL).len(), 1);
@@ -389,7 +392,7 @@ async fn nothing_of_the_clients_request_but_the_path_is_passed_on() -> Result<()
 async fn the_real_service_is_asked_with_a_session_token_of_the_daemons_own() -> Result<()> {
     let stage = Stage::start().await?;
     let web = web(&stage).await?;
-    assert_eq!(ask(&web, &[], &[INSTANCE; 3]).await?[2].body, HOST_INSTANCE);
+    assert_eq!(ask(&web, &[], &[ADDRESS; 3]).await?[2].body, HOST_ADDRESS);
     let seen = |stage: &Stage| stage.imds.requests().iter().map(|seen| seen.method.clone()).collect::<Vec<_>>();
     // One for all.
     assert_eq!(seen(&stage), ["PUT", "GET", "GET", "GET"]);
@@ -401,15 +404,15 @@ async fn the_real_service_is_asked_with_a_session_token_of_the_daemons_own() -> 
     );
 
     stage.imds.require_token(true);
-    assert_eq!(get(&web, INSTANCE).await?.body, HOST_INSTANCE);
+    assert_eq!(get(&web, ADDRESS).await?.body, HOST_ADDRESS);
 
     // An answer of 401 would tell the container that *its* token is bad.
     stage.imds.set_fault(Some(Fault::Status(401)));
-    let answer = get(&web, INSTANCE).await?;
+    let answer = get(&web, ADDRESS).await?;
     assert_eq!((answer.status, answer.body.as_str()), (502, ""));
     stage.imds.set_fault(None);
     stage.imds.clear();
-    assert_eq!(get(&web, INSTANCE).await?.body, HOST_INSTANCE);
+    assert_eq!(get(&web, ADDRESS).await?.body, HOST_ADDRESS);
     assert!(stage.imds.requests().last().is_some_and(|last| last.headers.contains_key(TOKEN)));
     Ok(())
 }
@@ -445,13 +448,13 @@ async fn another_endpoint_is_asked_also_without_session_tokens() -> Result<()> {
     let stage = Stage::start_with(endpoint).await?;
     let requests = tokenless(&stage, "192.0.2.1:8169")?;
     let web = web(&stage).await?;
-    let answers = ask(&web, &[], &[INSTANCE, INSTANCE, ROLES]).await?;
+    let answers = ask(&web, &[], &[ADDRESS, ADDRESS, ROLES]).await?;
     assert_eq!(statuses(&answers), [200, 200, 200]);
     assert_eq!((answers[0].body.as_str(), answers[1].body.as_str()), ("i-another", "i-another"));
     assert!(answers[0].headers("x-secret").is_empty());
     assert_eq!(answers[2].body, "web");
     let seen: Vec<String> = requests.try_iter().collect();
-    let get = format!("GET {INSTANCE} HTTP/1.1");
+    let get = format!("GET {ADDRESS} HTTP/1.1");
     assert_eq!(seen, ["PUT /latest/api/token HTTP/1.1", &get, &get]);
     assert!(stage.imds.requests().is_empty(), "{:#?}", stage.imds.requests());
     Ok(())
@@ -461,20 +464,20 @@ async fn another_endpoint_is_asked_also_without_session_tokens() -> Result<()> {
 async fn while_the_real_service_is_down_credentials_are_served() -> Result<()> {
     let stage = Stage::start().await?;
     let web = web(&stage).await?;
-    assert_eq!(get(&web, INSTANCE).await?.body, HOST_INSTANCE);
+    assert_eq!(get(&web, ADDRESS).await?.body, HOST_ADDRESS);
     for fault in [None, Some(Fault::Close)] {
         match &fault {
             None => stage.imds.stop_listening()?,
             fault => stage.imds.set_fault(fault.clone()),
         }
-        let answers = ask(&web, &[], &[INSTANCE, "/latest/meta-data/", ROLES, "/latest/user-data"]).await?;
+        let answers = ask(&web, &[], &[ADDRESS, "/latest/meta-data/", ROLES, "/latest/user-data"]).await?;
         assert_eq!(statuses(&answers), [502, 502, 200, 404], "{fault:?}: {answers:?}");
         assert_eq!((answers[0].body.as_str(), answers[2].body.as_str()), ("", "web"));
         assert!(answers.iter().all(|answer| answer.ms < 1000.0), "{answers:?}");
         assert!(!format!("{answers:?}").contains("refused"), "{answers:?}");
         stage.imds.set_fault(None);
         stage.imds.listen_again()?;
-        assert_eq!(get(&web, INSTANCE).await?.body, HOST_INSTANCE);
+        assert_eq!(get(&web, ADDRESS).await?.body, HOST_ADDRESS);
     }
     Ok(())
 }
@@ -484,7 +487,7 @@ async fn a_slow_real_service_is_given_up_and_holds_nobody_else_up() -> Result<()
     let stage = Stage::start().await?;
     let web = web(&stage).await?;
     stage.imds.set_fault(Some(Fault::Delay(Duration::from_secs(30))));
-    let slow = ask(&web, &[], &[INSTANCE]);
+    let slow = ask(&web, &[], &[ADDRESS]);
     let meanwhile = async {
         tokio::time::sleep(Duration::from_millis(300)).await;
         ask(&web, &[], &[ROLES]).await
@@ -497,7 +500,7 @@ async fn a_slow_real_service_is_given_up_and_holds_nobody_else_up() -> Result<()
 
     // Slower than usual is not too slow.
     stage.imds.set_fault(Some(Fault::Delay(Duration::from_millis(400))));
-    assert_eq!(get(&web, INSTANCE).await?.body, HOST_INSTANCE);
+    assert_eq!(get(&web, ADDRESS).await?.body, HOST_ADDRESS);
     Ok(())
 }
 

@@ -86,8 +86,14 @@ pub(super) fn allow(status: StatusCode, methods: &'static str, now: Timestamp) -
 }
 
 /// What the real service has answered, under our own `Date` and `Server`.
-pub(crate) fn forwarded(status: StatusCode, headers: HeaderMap, body: Bytes, now: Timestamp) -> Response {
-    finish(status, headers, body, now)
+pub(crate) fn forwarded<B>(
+    status: StatusCode,
+    headers: HeaderMap,
+    body: B,
+    length: u64,
+    now: Timestamp,
+) -> response::Response<B> {
+    with_length(status, headers, body, length, now)
 }
 
 /// Tells a client what is left of the token that it presented. Belongs on every answer to a valid token, whether it
@@ -96,11 +102,22 @@ pub(crate) fn echo_token_ttl(headers: &mut HeaderMap, ttl: u32) {
     headers.insert(TOKEN_TTL, HeaderValue::from(ttl));
 }
 
-fn finish(status: StatusCode, mut headers: HeaderMap, body: Bytes, now: Timestamp) -> Response {
-    headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+fn finish(status: StatusCode, headers: HeaderMap, body: Bytes, now: Timestamp) -> Response {
+    let length = body.len() as u64;
+    with_length(status, headers, body, length, now)
+}
+
+fn with_length<B>(
+    status: StatusCode,
+    mut headers: HeaderMap,
+    body: B,
+    length: u64,
+    now: Timestamp,
+) -> response::Response<B> {
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
     insert_time(&mut headers, DATE, now);
     headers.insert(SERVER, HeaderValue::from_static("EC2ws"));
-    let mut response = Response::new(body);
+    let mut response = response::Response::new(body);
     *response.status_mut() = status;
     *response.headers_mut() = headers;
     response
