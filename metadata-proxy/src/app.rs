@@ -30,7 +30,7 @@ use crate::{
     check,
     config::{self, BadConfig, Config},
     containers::{Registry, cgroup, docker::Engine},
-    credentials::{self, Aws, Store},
+    credentials::{Aws, Store},
     identity::Home,
     imds::{Imds, Rest},
     interceptor::{self, Interceptor, features, preflight},
@@ -133,7 +133,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     }
 
     let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
-    let credentials = Arc::new(Store::new(Arc::clone(&aws), credentials::Settings::default()));
+    let credentials = Arc::new(Store::new(Arc::clone(&aws), config.credentials));
     let (sender, connections) = mpsc::channel(QUEUE);
     // The host's are guarded already.
     let guard = move |namespace, cookie| {

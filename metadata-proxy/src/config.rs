@@ -2,6 +2,7 @@
 
 mod limits;
 mod rules;
+mod sts;
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -17,6 +18,7 @@ use serde::Deserialize;
 
 use crate::{
     cli::{LogFormat, Run},
+    credentials,
     identity::{self, Kind, Template, session_tag},
     imds::{Instance, InstanceSettings, Policy},
     server::Limits,
@@ -34,6 +36,7 @@ pub(crate) struct Config {
     pub(crate) bpffs: PathBuf,
     pub(crate) identity: identity::Settings,
     pub(crate) trust_image_metadata: bool,
+    pub(crate) credentials: credentials::Settings,
     /// None: serve credentials only.
     pub(crate) upstream: Option<Upstream>,
     /// The real service's address if it was given, for the daemon's own credentials too.
@@ -75,6 +78,7 @@ struct File {
     /// Values are templates.
     session_tags: BTreeMap<String, String>,
     upstream: UpstreamTable,
+    sts: sts::Table,
     /// Turns the simulation on where it stands.
     simulate: Option<InstanceSettings>,
     exempt: ExemptTable,
@@ -182,6 +186,7 @@ impl Config {
             bpffs: given_path(run.bpffs.path).or(file.bpffs).unwrap_or_else(|| BPFFS.into()),
             identity,
             trust_image_metadata: run.trust_image_metadata || file.trust_image_metadata,
+            credentials: file.sts.settings().map_err(|error| BadConfig(format!("{file_name}: [sts]: {error}")))?,
             upstream,
             imds_endpoint: endpoint,
             exempt_cgroups: if run.exempt_cgroup.is_empty() { file.exempt.cgroups } else { run.exempt_cgroup },
@@ -318,7 +323,8 @@ mod tests {
         toml::from_str::<File>(&all).unwrap();
         let all: toml::Table = toml::from_str(&all).unwrap();
         let tables = || {
-            all.iter().chain(["upstream", "exempt", "limits"].iter().flat_map(|name| all[*name].as_table().unwrap()))
+            let nested = ["upstream", "exempt", "limits", "sts"];
+            all.iter().chain(nested.iter().flat_map(|name| all[*name].as_table().unwrap()))
         };
         let run = <Cli as clap::CommandFactory>::command().find_subcommand("run").unwrap().clone();
         for flag in run.get_arguments().filter_map(clap::Arg::get_long) {
@@ -328,6 +334,24 @@ mod tests {
         }
         let simulate = all["simulate"].as_table().unwrap();
         assert_eq!(simulate.len(), 9, "{simulate:?}");
+    }
+
+    #[test]
+    fn numbers_for_sts_are_taken_and_wrong_ones_named() {
+        let file = "[sts]\ncalls-per-second = 0.5\nconcurrent-calls = 4\nrefusal-memory = '2m'\n";
+        let settings = with_file(file, &[]).unwrap().credentials;
+        assert_eq!(settings.limits, credentials::Limits { per_second: 0.5, concurrent: 4 });
+        assert_eq!(settings.refusal_memory.as_secs(), 120);
+        for (line, expected) in [
+            ("calls-per-second = 0.0", "[sts]: calls-per-second 0: expected 0.1 to 1000"),
+            ("calls-per-second = nan", "[sts]: calls-per-second NaN"),
+            ("concurrent-calls = 0", "[sts]: concurrent-calls 0: expected 1 to 1000"),
+            ("refusal-memory = '2h'", "[sts]: refusal-memory \"2h\": expected 1s to 1h"),
+            ("calls = 1", ":2: unknown field `calls`"),
+        ] {
+            let error = with_file(&format!("[sts]\n{line}\n"), &[]).unwrap_err().to_string();
+            assert!(error.contains(expected), "{line}: {error}");
+        }
     }
 
     #[test]

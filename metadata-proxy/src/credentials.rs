@@ -1,7 +1,7 @@
 //! Credentials of roles: assumed with STS, kept in memory, renewed ahead of time.
 //!
 //! ```text
-//! hold / get ──> store: one entry per RoleSession ──> keeper: one task per entry ──> Sts (sts.rs: aws-sdk-sts)
+//! hold / get ──> store: one entry per RoleSession ──> keeper: one task per entry ──> turns ──> Sts (sts.rs: aws-sdk-sts)
 //! ```
 //!
 //! Invariants:
@@ -14,11 +14,14 @@
 
 mod entry;
 mod failure;
+#[cfg(test)]
+mod fleet;
 mod keeper;
 mod store;
 mod sts;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -31,6 +34,7 @@ use secrecy::SecretString;
 pub(crate) use failure::Failure;
 pub(crate) use store::{Hold, Settings, Store};
 pub(crate) use sts::Aws;
+pub(crate) use turns::Limits;
 
 /// What STS grants when nobody asks for anything else.
 pub(crate) const DEFAULT_DURATION: Duration = Duration::from_secs(3600);

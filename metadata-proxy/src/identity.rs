@@ -18,7 +18,7 @@ use rules::{Allowance, Effect, Rules};
 use source::Names;
 
 pub(crate) use glob::Glob;
-pub(crate) use options::{check_policy_arns, duration, policy, session_tag};
+pub(crate) use options::{check_policy_arns, duration, policy, seconds, session_tag};
 pub(crate) use role::{Home, INSTANCE, RoleArn, RoleBase, RoleSpec};
 pub(crate) use template::{Kind, Template};
 

@@ -39,6 +39,8 @@ enum Task {
     Handover,
     /// Measure what the interception costs, as ratios within one run
     Bench,
+    /// Live a virtual day of 5,000 containers with the real cache of credentials, and print what STS and clients saw
+    SimulateFleet,
     /// Try every way around the interception, and print what came of each
     Bypass,
     /// Run all tests: unit, privileged, end to end
@@ -66,6 +68,7 @@ fn main() -> anyhow::Result<()> {
         Task::Demo => test::show("demo"),
         Task::Handover => test::show("handover"),
         Task::Bench => test::bench(),
+        Task::SimulateFleet => test::simulate_fleet(),
         Task::Bypass => test::show("bypass"),
         Task::Test { filter } => test::all(filter.as_deref()),
         Task::Vm(options) => vm::run_all(&options),

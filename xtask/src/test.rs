@@ -24,6 +24,18 @@ pub(crate) fn bench() -> anyhow::Result<()> {
     run(Command::new(build::binary("release", "bench")?).env("METADATA_PROXY_BIN", daemon))
 }
 
+/// A test, for the reasons that it names itself; it needs no host.
+pub(crate) fn simulate_fleet() -> anyhow::Result<()> {
+    build::ebpf()?;
+    install::c_toolchain()?;
+    run(cargo().args(["test", "--quiet", "--package", "metadata-proxy", "--bin", "metadata-proxy", "--"]).args([
+        "--ignored",
+        "--exact",
+        "--nocapture",
+        "credentials::fleet::a_virtual_day",
+    ]))
+}
+
 pub(crate) fn all(filter: Option<&str>) -> anyhow::Result<()> {
     install::docker_engine()?;
     let (python, js, cloud_init) = (install::python_clients()?, install::js_clients()?, install::cloud_init()?);

@@ -115,7 +115,12 @@ impl Entry {
     }
 
     pub(super) fn serves(&self, wall: Timestamp) -> bool {
-        self.state.borrow().cached.as_ref().is_some_and(|cached| cached.valid(wall))
+        self.serves_until(wall).is_some()
+    }
+
+    pub(super) fn serves_until(&self, wall: Timestamp) -> Option<Instant> {
+        let state = self.state.borrow();
+        state.cached.as_ref().filter(|cached| cached.valid(wall)).map(|cached| cached.expires)
     }
 
     /// Whether the keeper only waits, so that nobody loses anything if the entry goes at once.

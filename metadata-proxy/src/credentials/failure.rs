@@ -11,13 +11,14 @@ pub(crate) enum Failure {
     /// `code` is the error code of STS. The message is for operators: it may name the daemon's own identity.
     #[error("{code}: {message}")]
     Refused { code: String, message: String },
+    /// `throttled`: the account has made too many calls, whoever made them.
     #[error("{message}")]
-    Unavailable { message: String },
+    Unavailable { message: String, throttled: bool },
 }
 
 impl Failure {
     pub(super) fn unavailable(message: impl Into<String>) -> Self {
-        Self::Unavailable { message: message.into() }
+        Self::Unavailable { message: message.into(), throttled: false }
     }
 }
 
@@ -25,18 +26,18 @@ impl Failure {
 pub(super) const STALE_SOURCE: [&str; 4] =
     ["ExpiredToken", "ExpiredTokenException", "InvalidClientTokenId", "UnrecognizedClientException"];
 
-/// Codes of trouble that passes by itself although their status alone would say "refused".
-const TRANSIENT: [&str; 10] = [
+/// Codes of too many calls, beside those that say `Throttl`.
+const THROTTLING: [&str; 3] = ["RequestLimitExceeded", "SlowDown", "TooManyRequests"];
+
+/// Codes of other trouble that passes by itself although their status alone would say "refused".
+const TRANSIENT: [&str; 7] = [
     "IDPCommunicationError",
     "InternalError",
     "InternalFailure",
     "PriorRequestNotComplete",
     "RequestExpired",
-    "RequestLimitExceeded",
     "RequestTimeout",
     "ServiceUnavailable",
-    "SlowDown",
-    "TooManyRequests",
 ];
 
 /// What an answer of STS means, from its error code and HTTP status alone.
@@ -51,14 +52,17 @@ fn verdict(code: Option<&str>, status: u16) -> Verdict {
     let Some(code) = code else {
         return Verdict::Transient;
     };
-    // Both spellings are in use: `ThrottlingException` and `Throttling`.
-    let base = code.strip_suffix("Exception").unwrap_or(code);
-    let transient = base.contains("Throttl") || TRANSIENT.contains(&base);
-    if transient || !(400..500).contains(&status) || matches!(status, 408 | 429) {
-        Verdict::Transient
-    } else {
-        Verdict::Refused
-    }
+    let transient = throttles(code, status) || TRANSIENT.contains(&base(code));
+    if transient || !(400..500).contains(&status) || status == 408 { Verdict::Transient } else { Verdict::Refused }
+}
+
+/// Both spellings are in use: `ThrottlingException` and `Throttling`.
+fn base(code: &str) -> &str {
+    code.strip_suffix("Exception").unwrap_or(code)
+}
+
+fn throttles(code: &str, status: u16) -> bool {
+    status == 429 || base(code).contains("Throttl") || THROTTLING.contains(&base(code))
 }
 
 /// The failure of a call about `subject` (a role, or "the daemon's own identity"), worded for the operator.
@@ -115,6 +119,13 @@ fn from_answer(
         },
         (_, code) => {
             let code = code.unwrap_or("no error code");
+            if throttles(code, status) {
+                let message = format!(
+                    "STS throttles the account, asked for {subject}: HTTP {status}, {code}: {said}; it is tried again, more slowly. \
+                     If this goes on, look who else calls STS, or lower calls-per-second of [sts]"
+                );
+                return Failure::Unavailable { message, throttled: true };
+            }
             Failure::unavailable(format!("STS failed for {subject}: HTTP {status}, {code}: {said}"))
         }
     }
@@ -190,23 +201,29 @@ mod tests {
         for (code, status) in refused {
             assert_eq!(verdict(Some(code), status), Verdict::Refused, "{code}");
         }
-        let transient = [
+        let throttling = [
             (Some("Throttling"), 400),
             (Some("ThrottlingException"), 400),
             (Some("ThrottledException"), 400),
             (Some("RequestThrottled"), 400),
             (Some("RequestLimitExceeded"), 503),
             (Some("TooManyRequestsException"), 400),
-            (Some("IDPCommunicationError"), 400),
             (Some("Unheard"), 429),
+        ];
+        let other = [
+            (Some("IDPCommunicationError"), 400),
             (Some("InternalFailure"), 500),
             (Some("AccessDenied"), 502),
             (None, 503),
             (None, 403),
             (None, 301),
         ];
-        for (code, status) in transient {
-            assert_eq!(verdict(code, status), Verdict::Transient, "{code:?} {status}");
+        for (codes, expected) in [(&throttling[..], true), (&other, false)] {
+            for (code, status) in codes {
+                let failure = from_answer(*code, None, *status, "r", None);
+                let Failure::Unavailable { throttled, .. } = failure else { panic!("{code:?} {status}: {failure}") };
+                assert_eq!(throttled, expected, "{code:?} {status}");
+            }
         }
     }
 

@@ -9,13 +9,17 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::entry::{Cached, Entry, Phase};
 use super::store::Shared;
+use super::turns::{Ending, Need};
 use super::{Credentials, Failure, RoleSession};
 
-/// Above every timeout of the AWS client; only so that nothing whatsoever can occupy a permit for ever.
-const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// Above every timeout of the AWS client; only so that nothing whatsoever can occupy a turn for ever.
+const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// Pauses after failures that may pass: 1 s, 2 s, 4 s, ... 30 s, each shortened by up to a half at random.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// With less than this left, botocore asks anew before each of its calls, and waits for it
+/// (`RefreshableCredentials._mandatory_refresh_timeout`).
+const FEW_LEFT: Duration = Duration::from_secs(10 * 60);
 /// How long the count of failures of a key outlives its last asker, if nobody holds it.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 
@@ -32,15 +36,23 @@ async fn work(shared: &Arc<Shared>, entry: &Arc<Entry>) {
     let (role, session) = (&entry.key.role_arn, &entry.key.session_name);
     let mut failures = 0;
     loop {
-        let Ok(permit) = shared.permits.acquire().await else {
+        let need = match entry.serves_until(shared.now()) {
+            _ if failures > 0 => Need::Again,
+            Some(expires) => Need::By(expires),
+            None => Need::Now,
+        };
+        let Some(mut turn) = shared.turns.next(role, need).await else {
             return;
         };
         // Whoever wanted it may be gone by now; a queue of such must not become a queue of calls.
         if shared.retire_released(entry) {
             return;
         }
+        // Only now: until then askers learn of the last failure at once instead of waiting in a queue.
+        entry.set_phase(Phase::Fetching);
         let outcome = fetch(shared, &entry.key).await;
-        drop(permit);
+        turn.ending = Ending::of(&outcome);
+        drop(turn);
         match outcome {
             Ok(cached) => {
                 let expiration = cached.credentials.expiration;
@@ -82,7 +94,6 @@ async fn work(shared: &Arc<Shared>, entry: &Arc<Entry>) {
                 }
             }
         }
-        entry.set_phase(Phase::Fetching);
     }
 }
 
@@ -134,15 +145,25 @@ fn accept(credentials: Credentials, key: &RoleSession, sent: Instant, wall: Time
     if left < key.duration / 2 {
         tracing::warn!(role = %key.role_arn, ?left, "credentials live far shorter than asked; check the host's clock");
     }
-    // Before the half-life, so that the second half is left even when a call takes long; spread, so that keys that were
-    // fetched together (a daemon's start) are not renewed together. Never at once, whatever STS says.
-    let renew_in = left.mul_f64(0.40 + 0.08 * random()).max(Duration::from_secs(1));
+    let renew_in = renew_in(left);
     Ok(Cached {
         expires: now + left,
         renew: now + renew_in,
         renew_at: wall.saturating_add(renew_in).unwrap_or(credentials.expiration),
         credentials: Arc::new(credentials),
     })
+}
+
+/// Before the half-life, so that the second half is left even when a call takes long; spread, so that keys that were
+/// fetched together (a daemon's start) are not renewed together. Never at once, whatever STS says.
+///
+/// Of what is not much longer than `FEW_LEFT`, that is left.
+fn renew_in(left: Duration) -> Duration {
+    let spread = random();
+    let at_half = left.mul_f64(0.40 + 0.08 * spread);
+    let at_few = left.saturating_sub(FEW_LEFT).mul_f64(0.80 + 0.16 * spread);
+    let renew_in = if left > FEW_LEFT.mul_f64(1.2) { at_half.min(at_few) } else { at_half };
+    renew_in.max(Duration::from_secs(1))
 }
 
 fn pause(failure: &Failure, failures: u32, refusal_memory: Duration) -> Duration {

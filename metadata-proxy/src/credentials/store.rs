@@ -1,20 +1,21 @@
 //! The cache of credentials: who asks, who holds, and which entries there are.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::entry::Entry;
+use super::turns::{Limits, Turns};
 use super::{Clock, Credentials, Failure, RoleSession, SessionState, Sts, keeper};
 
+#[derive(Clone)]
 pub(crate) struct Settings {
-    /// Calls of STS at the same time, over all keys. A host that starts 200 containers at once is served in 200/16 round
-    /// trips, about two seconds, and an account is throttled far above that.
-    pub(crate) concurrent_calls: usize,
+    /// Of the calls of STS, over all keys.
+    pub(crate) limits: Limits,
     /// How long an asker waits for the first answer of STS. Most clients give up after 1 s by themselves and try again,
     /// which finds the cache filled; .NET and whoever has set `AWS_METADATA_SERVICE_TIMEOUT` waits for 5 s and more.
     pub(crate) answer_within: Duration,
@@ -23,10 +24,17 @@ pub(crate) struct Settings {
     pub(crate) clock: Clock,
 }
 
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { limits, answer_within, refusal_memory, clock: _ } = self;
+        write!(f, "{limits:?}, {answer_within:?}, {refusal_memory:?}")
+    }
+}
+
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            concurrent_calls: 16,
+            limits: Limits::default(),
             answer_within: Duration::from_millis(4500),
             refusal_memory: Duration::from_secs(30),
             clock: Arc::new(Timestamp::now),
@@ -43,7 +51,7 @@ pub(crate) struct Store {
 pub(super) struct Shared {
     pub(super) sts: Arc<dyn Sts>,
     pub(super) settings: Settings,
-    pub(super) permits: Semaphore,
+    pub(super) turns: Turns,
     slots: Mutex<HashMap<RoleSession, Slot>>,
     /// Of the runtime that the store was made in, so that `hold` may be called from anywhere.
     runtime: tokio::runtime::Handle,
@@ -63,7 +71,7 @@ impl Store {
         Self {
             shared: Arc::new(Shared {
                 sts: Arc::new(sts),
-                permits: Semaphore::new(settings.concurrent_calls.clamp(1, Semaphore::MAX_PERMITS)),
+                turns: Turns::new(settings.limits),
                 settings,
                 slots: Mutex::default(),
                 runtime: tokio::runtime::Handle::current(),
@@ -87,7 +95,7 @@ impl Store {
         let patience = self.shared.settings.answer_within;
         tokio::time::timeout(patience, ask).await.unwrap_or_else(|_| {
             Err(Failure::unavailable(format!(
-                "STS has not answered for {} within {patience:?}; the call goes on, so ask again",
+                "STS has not answered for {} within {patience:?}; it is still to be had, so ask again",
                 key.role_arn
             )))
         })
@@ -118,7 +126,7 @@ impl Drop for Store {
 #[must_use = "dropping it releases the credentials"]
 pub(crate) struct Hold {
     shared: Arc<Shared>,
-    key: RoleSession,
+    pub(super) key: RoleSession,
 }
 
 impl Drop for Hold {

@@ -136,19 +136,21 @@ fn is_policy_arn(arn: &str) -> bool {
     partition.starts_with("aws") && account && name && arn.len() <= 2048 && arn.chars().all(|c| c.is_ascii_graphic())
 }
 
-/// Whole seconds, or with a unit: `900`, `15m`, `1h`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let range = Duration::from_secs(900)..=Duration::from_secs(43_200);
+    let rule = "expected 15 minutes to 12 hours: 900 to 43200 seconds, or such as 15m or 1h";
+    seconds(text).filter(|duration| range.contains(duration)).ok_or_else(|| rule.to_owned())
+}
+
+/// Whole seconds, or with a unit: `900`, `15m`, `1h`.
+pub(crate) fn seconds(text: &str) -> Option<Duration> {
     let (number, unit) = match text.strip_suffix(['s', 'm', 'h']) {
         Some(number) if text.ends_with('h') => (number, 3600),
         Some(number) if text.ends_with('m') => (number, 60),
         Some(number) => (number, 1),
         None => (text, 1),
     };
-    let seconds = number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit));
-    match seconds {
-        Some(seconds) if (900..=43_200).contains(&seconds) => Ok(Duration::from_secs(seconds)),
-        _ => Err("expected 15 minutes to 12 hours: 900 to 43200 seconds, or such as 15m or 1h".to_owned()),
-    }
+    number.parse::<u64>().ok().and_then(|number| number.checked_mul(unit)).map(Duration::from_secs)
 }
 
 /// `key=value,key=value`; the value is a template. No comma can be part of a tag.
