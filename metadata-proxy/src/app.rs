@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 use jiff::Timestamp;
 use metadata_proxy_common::Settings;
 use rustix::{
-    process::{Resource, Rlimit, getrlimit, setrlimit},
+    process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit},
     time::{ClockId, clock_getres},
 };
 use sd_notify::NotifyState;
@@ -27,6 +27,7 @@ use tracing::{info, warn};
 
 use crate::{
     admin::{Admin, client},
+    audit::Audit,
     check,
     config::{self, BadConfig, Config},
     containers::{Registry, cgroup, docker::Engine},
@@ -99,6 +100,8 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
 
+    // A core dump would have every secret in it, and lie on a disk.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("cannot rule out core dumps")?;
     preflight::capabilities()?;
     features::require()?;
     raise_file_limit();
@@ -132,6 +135,8 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         warn!("cannot tell systemd that the programs are attached: {error}");
     }
 
+    let metrics = Metrics::default();
+    let audit = config.audit_log.map(|target| Audit::start(target, metrics.audit_lost())).transpose()?.map(Arc::new);
     let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
     let credentials = Arc::new(Store::new(Arc::clone(&aws), config.credentials));
     let (sender, connections) = mpsc::channel(QUEUE);
@@ -153,13 +158,12 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let engine = Engine::new(&config.docker_host, config.trust_image_metadata);
     let registry = Arc::new(Registry::new(engine, cgroup2, move |container| admit.admit(container)));
     tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry)));
-    tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry)));
+    tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry), audit.clone()));
     let (upstream, rest) = match config.upstream {
         Some(config::Upstream::Real { endpoint, policy }) => (Some(Upstream::new(endpoint)), Rest::Real(policy)),
         Some(config::Upstream::Simulated(instance)) => (None, Rest::Simulated(instance)),
         None => (None, Rest::Nothing),
     };
-    let metrics = Metrics::default();
     let parts = metrics::Parts {
         interceptor: Arc::clone(&interceptor),
         listeners: Arc::clone(&listeners),
@@ -176,6 +180,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         imds_of_strangers: Imds::new(token_key::of_this_boot()?, Rest::Nothing, Timestamp::now()),
         credentials,
         upstream,
+        audit: audit.clone(),
         require_imdsv2,
         limits: config.limits,
         metrics,
@@ -209,6 +214,9 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         && let Err(error) = server.await
     {
         warn!("the server ended badly: {error}");
+    }
+    if let Some(audit) = audit {
+        audit.end().await;
     }
     for (counter, value) in interceptor.counters() {
         tracing::debug!(?counter, value, "count");
@@ -249,8 +257,12 @@ async fn reload_on(
     reload: impl Fn() -> Reloaded,
     workloads: Arc<Workloads>,
     registry: Arc<Registry<Workload>>,
+    audit: Option<Arc<Audit>>,
 ) {
     while hangup.recv().await.is_some() {
+        if let Some(audit) = &audit {
+            audit.reopen();
+        }
         match reload() {
             Ok(config) => {
                 info!(rules = config.identity.rules.rules.len(), "reloaded roles and rules");

@@ -128,6 +128,11 @@ pub(crate) struct Run {
     #[arg(long, env = "METADATA_PROXY_METRICS_ADDRESS", value_name = "ADDRESS")]
     pub(crate) metrics_address: Option<String>,
 
+    /// Record each hand-out of credentials as a line of JSON in this file, which SIGHUP opens anew; `-` is standard output
+    /// [default: only as lines of the log]
+    #[arg(long, env = "METADATA_PROXY_AUDIT_LOG", value_name = "PATH")]
+    pub(crate) audit_log: Option<String>,
+
     /// Form of the log on standard error [default: text]
     #[arg(long, env = "METADATA_PROXY_LOG_FORMAT", value_enum)]
     pub(crate) log_format: Option<LogFormat>,

@@ -17,6 +17,7 @@ use hyper::Uri;
 use serde::Deserialize;
 
 use crate::{
+    audit,
     cli::{LogFormat, Run},
     credentials,
     identity::{self, Kind, Template, session_tag},
@@ -45,6 +46,7 @@ pub(crate) struct Config {
     pub(crate) admin_socket: PathBuf,
     pub(crate) metrics_address: Option<SocketAddr>,
     pub(crate) limits: Limits,
+    pub(crate) audit_log: Option<audit::Target>,
     pub(crate) log_format: LogFormat,
     pub(crate) log: String,
 }
@@ -73,6 +75,7 @@ struct File {
     log_format: Option<LogFormat>,
     log: Option<String>,
     metrics_address: Option<String>,
+    audit_log: Option<String>,
     unmatched: rules::Unmatched,
     rule: Vec<toml::Spanned<rules::Table>>,
     /// Values are templates.
@@ -193,6 +196,7 @@ impl Config {
             admin_socket: run.admin_socket.path(),
             metrics_address,
             limits: file.limits.limits().map_err(|error| BadConfig(format!("{file_name}: [limits]: {error}")))?,
+            audit_log: either("audit-log", run.audit_log, file.audit_log).0.as_deref().map(audit::Target::from),
             log_format: run.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
             log,
         })

@@ -4,6 +4,7 @@
 
 mod admin;
 mod app;
+mod audit;
 mod check;
 mod cli;
 mod config;

@@ -16,6 +16,7 @@ use crate::{containers, interceptor::Interceptor, listeners::Listeners, workload
 pub(crate) struct Metrics {
     requests: Family<Answered, Counter>,
     refused: Family<Refused, Counter>,
+    audit_lost: Counter,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -39,12 +40,19 @@ impl Metrics {
         self.refused.get_or_create(&Refused { reason }).inc();
     }
 
+    /// For the audit log to count what it loses.
+    pub(crate) fn audit_lost(&self) -> Counter {
+        self.audit_lost.clone()
+    }
+
     /// Everything there is to scrape.
     pub(crate) fn registry(&self, parts: Parts) -> Registry {
         let mut registry = Registry::with_prefix("metadata_proxy");
         registry.register("requests", "Requests answered, by caller and status", self.requests.clone());
         let help = "Connections and requests refused for a limit of their container, by the limit";
         registry.register("refused", help, self.refused.clone());
+        let lost = self.audit_lost.clone();
+        registry.register("audit_records_lost", "Hand-outs that the audit log lacks", lost);
         registry.register_collector(Box::new(parts));
         registry
     }

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::{
+    audit::{self, Audit},
     containers::{EngineError, Registry},
     credentials::{Failure, RoleSession, Store},
     identity::{RoleArn, Verdict},
@@ -53,6 +54,7 @@ pub(crate) struct Server {
     pub(crate) imds_of_strangers: Imds,
     pub(crate) credentials: Arc<Store>,
     pub(crate) upstream: Option<Upstream>,
+    pub(crate) audit: Option<Arc<Audit>>,
     /// Of those whom nobody knows; containers' is decided for each.
     pub(crate) require_imdsv2: bool,
     pub(crate) limits: Limits,
@@ -154,7 +156,7 @@ impl Server {
         let mut answer = match (routed.action, standing.role()) {
             (Action::Reply(answer), _) => answer.map(Body::from),
             (Action::Iam(request), Some((arn, session))) => {
-                self.hand_out(request, arn, session, workload).await.map(Body::from)
+                self.hand_out(request, arn, session, workload, head.uri.path()).await.map(Body::from)
             }
             // A role whose account is not known yet; without any role there is no such request.
             (Action::Iam(_), None) => response::empty(StatusCode::SERVICE_UNAVAILABLE, now).map(Body::from),
@@ -179,6 +181,7 @@ impl Server {
         arn: &RoleArn,
         session: &RoleSession,
         workload: &Workload,
+        path: &str,
     ) -> Response {
         let credentials = self.credentials.get(session).await;
         // Taken after the wait.
@@ -190,11 +193,25 @@ impl Server {
         let arn = arn.as_str();
         match credentials {
             Ok(credentials) => {
-                if request == IamRequest::Credentials
-                    && let Some(Line { unsaid }) = workload.log.line()
-                {
-                    let (container, access_key) = (&workload.container.name, &credentials.access_key_id);
-                    info!(container, role = arn, access_key, unsaid, "handed out");
+                if request == IamRequest::Credentials {
+                    let container = &workload.container;
+                    if let Some(Line { unsaid }) = workload.log.line() {
+                        let access_key = &credentials.access_key_id;
+                        info!(container = container.name, role = arn, access_key, unsaid, "handed out");
+                    }
+                    if let Some(audit) = &self.audit {
+                        audit.record(&audit::Record {
+                            time: now,
+                            container_id: &container.id,
+                            container_name: &container.name,
+                            image: &container.image,
+                            role_arn: arn,
+                            session_name: &session.session_name,
+                            access_key_id: &credentials.access_key_id,
+                            path,
+                            expiration: credentials.expiration,
+                        });
+                    }
                 }
                 let document = CredentialDocument {
                     access_key_id: &credentials.access_key_id,

@@ -1,5 +1,6 @@
 //! What the tests and the demonstration stand on: a hermetic host, stand-ins for AWS, real clients.
 
+pub mod bpf;
 pub mod bypass;
 pub mod clients;
 pub mod cloud;
