@@ -96,6 +96,7 @@ pub(crate) fn detach(bpffs: &Path) -> anyhow::Result<()> {
 }
 
 async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -> anyhow::Result<()> {
+    let fixed = config.fixed();
     let hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
@@ -158,7 +159,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let engine = Engine::new(&config.docker_host, config.trust_image_metadata);
     let registry = Arc::new(Registry::new(engine, cgroup2, move |container| admit.admit(container)));
     tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry)));
-    tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry), audit.clone()));
+    tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry), audit.clone(), fixed));
     let (upstream, rest) = match config.upstream {
         Some(config::Upstream::Real { endpoint, policy }) => (Some(Upstream::new(endpoint)), Rest::Real(policy)),
         Some(config::Upstream::Simulated(instance)) => (None, Rest::Simulated(instance)),
@@ -258,6 +259,7 @@ async fn reload_on(
     workloads: Arc<Workloads>,
     registry: Arc<Registry<Workload>>,
     audit: Option<Arc<Audit>>,
+    fixed: config::Fixed,
 ) {
     while hangup.recv().await.is_some() {
         if let Some(audit) = &audit {
@@ -265,6 +267,10 @@ async fn reload_on(
         }
         match reload() {
             Ok(config) => {
+                let changed = config.needs_restart(&fixed);
+                if !changed.is_empty() {
+                    warn!("these settings take a restart to change, and stay as they were: {}", changed.join(", "));
+                }
                 info!(rules = config.identity.rules.rules.len(), "reloaded roles and rules");
                 workloads.learn(|known| known.settings = config.identity);
                 reconsider_all(&workloads, &registry);

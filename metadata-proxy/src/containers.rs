@@ -39,11 +39,29 @@ pub(crate) struct Container {
     pub(crate) image: String,
     /// `bridge`, `host`, `none`, `container:ID` or the name of a network.
     pub(crate) network: String,
+    pub(crate) user_namespace: UserNamespace,
     /// What the image has brought, as `label NAME` or `environment variable NAME`; it is not among the
     /// labels and variables below. None: nobody can tell whose they are.
     pub(crate) from_image: Option<Vec<String>>,
     pub(crate) labels: HashMap<String, String>,
     pub(crate) env: HashMap<String, String>,
+}
+
+/// Of a container's first process. The engine's settings alone do not tell: it may remap all containers but some.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum UserNamespace {
+    /// The daemon's, so that root in the container is root on the host, less the capabilities that it lacks.
+    Host,
+    /// One of its own (`userns-remap`, or made by other means).
+    Own,
+}
+
+impl UserNamespace {
+    fn of(pid: u32) -> std::io::Result<Self> {
+        let of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user"));
+        Ok(if of(&pid.to_string())? == of("self")? { Self::Host } else { Self::Own })
+    }
 }
 
 /// The engine could not be asked, so nothing is known about the asker either way.
@@ -238,6 +256,11 @@ impl<W: Send + Sync + 'static> Registry<W> {
 
     fn admit(&self, description: docker::Description) {
         let (id, pid) = (description.id.clone(), description.pid);
+        // Before its cgroup, which then shows that it was the container's process whose namespace that is.
+        let user_namespace = match UserNamespace::of(pid) {
+            Ok(namespace) => namespace,
+            Err(error) => return debug!("container {} has no process, it may be gone: {error}", description.name),
+        };
         let cgroup = match cgroup::of_container(pid, &id, &self.cgroup2) {
             Ok(cgroup) => cgroup,
             Err(error) => return debug!("container {} has no cgroup, it may be gone: {error:#}", description.name),
@@ -249,7 +272,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
             return;
         }
         info!(container = description.name, id = short(&id), pid, cgroup, "container started");
-        let workload = Arc::new((self.admit)(description.at(cgroup)));
+        let workload = Arc::new((self.admit)(description.at(cgroup, user_namespace)));
         let old = entries.insert(id.clone(), Entry { pid, cgroup, complete, workload });
         let mut cgroups = self.write_cgroups();
         if let Some(old) = &old {

@@ -85,10 +85,17 @@ pub(crate) struct Credentials {
 /// What there is to say of a role session.
 #[derive(Debug, Default)]
 pub(crate) struct SessionState {
-    /// Of the credentials that are served now.
-    pub(crate) expiration: Option<Timestamp>,
-    /// Of the last attempt to get or renew them.
-    pub(crate) failure: Option<Failure>,
+    pub(crate) served: Option<Served>,
+    /// Of the last attempt to get or renew them, and when the next one may be.
+    pub(crate) failure: Option<(Failure, Timestamp)>,
+}
+
+/// The credentials that are served now.
+#[derive(Debug)]
+pub(crate) struct Served {
+    pub(crate) access_key_id: String,
+    pub(crate) expiration: Timestamp,
+    pub(crate) renewal: Timestamp,
 }
 
 /// Whoever turns a role into credentials: STS, or a stand-in for it in tests and simulations.

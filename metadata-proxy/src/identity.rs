@@ -20,6 +20,7 @@ use source::Names;
 pub(crate) use glob::Glob;
 pub(crate) use options::{check_policy_arns, duration, policy, seconds, session_tag};
 pub(crate) use role::{Home, INSTANCE, RoleArn, RoleBase, RoleSpec};
+pub(crate) use source::Said;
 pub(crate) use template::{Kind, Template};
 
 /// What the operator has said about roles.
@@ -87,6 +88,13 @@ pub(crate) fn decide(container: &Container, settings: &Settings, home: Option<&H
         Verdict::Refused
     });
     Decision { verdict, require_imdsv2, reasons }
+}
+
+/// All places where a role is looked for, and those of options where something is.
+pub(crate) fn sources(container: &Container) -> Vec<Said> {
+    let options = options::ALL.iter().flat_map(|names| names.said(container));
+    let found = options.filter(|said| said.value.is_some() || said.from_image);
+    ROLE.said(container).into_iter().chain(found).collect()
 }
 
 struct Case<'a> {

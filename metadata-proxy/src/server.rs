@@ -3,7 +3,7 @@
 mod body;
 mod shares;
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{
@@ -37,7 +37,7 @@ use crate::{
     log_limit::{Line, LogLimit},
     metrics::Metrics,
     upstream::{Answer, Payload, Upstream},
-    workload::Workload,
+    workload::{Client, Workload},
 };
 use body::Body;
 pub(crate) use shares::Limits;
@@ -71,6 +71,15 @@ pub(crate) struct Usage {
     requests: Arc<Shares>,
 }
 
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy)]
+struct Peer {
+    flow: Flow,
+    /// Whose share it has.
+    cgroup: u64,
+    address: Option<SocketAddr>,
+}
+
 type Response<B = Bytes> = http::Response<B>;
 
 impl Server {
@@ -91,9 +100,10 @@ impl Server {
                 continue;
             };
             let server = Arc::clone(&self);
+            let peer = Peer { flow, cgroup, address: connection.peer_addr().ok() };
             let service = service_fn(move |request| {
                 let server = Arc::clone(&server);
-                async move { Ok::<_, Infallible>(server.admit(request, cgroup, &flow).await) }
+                async move { Ok::<_, Infallible>(server.admit(request, &peer).await) }
             });
             let served = graceful.watch(http(&self.limits).serve_connection(TokioIo::new(connection), service));
             let server = Arc::clone(&self);
@@ -112,22 +122,29 @@ impl Server {
         }
     }
 
-    async fn admit(&self, request: Request<Incoming>, cgroup: u64, flow: &Flow) -> Response<Body> {
+    async fn admit(&self, request: Request<Incoming>, peer: &Peer) -> Response<Body> {
+        let cgroup = peer.cgroup;
         let Some(entered) = self.usage.requests.enter(cgroup, self.limits.requests) else {
             self.metrics.refused("requests");
             debug!(cgroup, "refused a request over the limit of {}", self.limits.requests);
             return response::empty(StatusCode::SERVICE_UNAVAILABLE, Timestamp::now()).map(Body::from);
         };
-        self.answer(request, flow).await.map(|body| body.of(Some(entered)))
+        self.answer(request, peer).await.map(|body| body.of(Some(entered)))
     }
 
-    async fn answer(&self, request: Request<Incoming>, flow: &Flow) -> Response<Body> {
+    async fn answer(&self, request: Request<Incoming>, peer: &Peer) -> Response<Body> {
         // The body means nothing on any path; what is left unread of it closes the connection.
         let (head, _body) = request.into_parts();
         let now = Timestamp::now();
+        let flow = &peer.flow;
         // For each request: a connection may outlive its container, or what has been decided about it.
         let (caller, mut answer) = match self.registry.resolve(flow).await {
-            Ok(Some(workload)) => ("container", self.answer_container(&head, &workload, now).await),
+            Ok(Some(workload)) => {
+                let user_agent = head.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()).map(str::to_owned);
+                let Flow { pid, cgroup, .. } = *flow;
+                workload.activity.saw(Client { time: now, user_agent, address: peer.address, pid, cgroup });
+                ("container", self.answer_container(&head, &workload, now).await)
+            }
             Ok(None) => ("stranger", self.answer_stranger(&head, flow, now).map(Body::from)),
             Err(error) => ("unresolved", self.unknown_for_now(flow, &error, now).map(Body::from)),
         };
@@ -139,7 +156,6 @@ impl Server {
     }
 
     async fn answer_container(&self, head: &Parts, workload: &Workload, now: Timestamp) -> Response<Body> {
-        workload.activity.saw(head.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()));
         let standing = workload.standing();
         if standing.decision.verdict == Verdict::Instance {
             // It connected before the kernel knew, or before a rule said so; its next connection is let through.

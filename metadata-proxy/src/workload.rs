@@ -2,9 +2,12 @@
 
 use std::{
     collections::HashSet,
+    net::SocketAddr,
     sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{info, warn};
 
@@ -144,22 +147,38 @@ fn report(container: &str, decision: &Decision) {
 
 /// What a container has asked, for those who look.
 #[derive(Default)]
-pub(crate) struct Activity(Mutex<(u64, Option<String>)>);
+pub(crate) struct Activity(Mutex<Seen>);
+
+#[derive(Default, Clone)]
+pub(crate) struct Seen {
+    pub(crate) requests: u64,
+    pub(crate) last: Option<Client>,
+}
+
+/// Who has asked, as the kernel saw it when it connected; the user agent is what it says of itself.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Client {
+    pub(crate) time: Timestamp,
+    pub(crate) user_agent: Option<String>,
+    /// In the container's network namespace.
+    pub(crate) address: Option<SocketAddr>,
+    pub(crate) pid: u32,
+    pub(crate) cgroup: u64,
+}
 
 impl Activity {
     /// Of what a client says of itself, so much is remembered.
     const AGENT_LIMIT: usize = 80;
 
-    pub(crate) fn saw(&self, agent: Option<&str>) {
-        let mut activity = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        activity.0 += 1;
-        if let Some(agent) = agent {
-            let printable = agent.chars().filter(char::is_ascii_graphic).take(Self::AGENT_LIMIT);
-            activity.1 = Some(printable.collect());
-        }
+    pub(crate) fn saw(&self, mut client: Client) {
+        let printable = |agent: String| agent.chars().filter(char::is_ascii_graphic).take(Self::AGENT_LIMIT).collect();
+        client.user_agent = client.user_agent.map(printable);
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.requests += 1;
+        seen.last = Some(client);
     }
 
-    pub(crate) fn seen(&self) -> (u64, Option<String>) {
+    pub(crate) fn seen(&self) -> Seen {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

@@ -29,6 +29,8 @@ pub use self::{
 pub struct HostOptions {
     /// Containers outlive the engine's stop and restart, as with `dockerd --live-restore`.
     pub live_restore: bool,
+    /// Containers have user namespaces of their own unless they say otherwise, as with `dockerd --userns-remap`.
+    pub userns_remap: bool,
 }
 
 pub struct TestHost {
@@ -53,7 +55,7 @@ impl TestHost {
 
     async fn on(machine: Machine, options: HostOptions) -> Result<Self> {
         let machine = Arc::new(machine);
-        let engine = Engine::start(Arc::clone(&machine), options.live_restore).await?;
+        let engine = Engine::start(Arc::clone(&machine), options).await?;
         image::import_all(engine.docker()).await?;
         Ok(Self { engine, machine })
     }

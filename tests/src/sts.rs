@@ -102,6 +102,11 @@ impl Sts {
         self.lock().identities.insert(access_key.to_owned(), arn.to_owned());
     }
 
+    /// From now on this access key is nobody's, as one that has been deleted.
+    pub fn remove_identity(&self, access_key: &str) {
+        self.lock().identities.remove(access_key);
+    }
+
     /// Whose credentials are these? The ARN of the assumed role, if they were issued here.
     pub fn identity_of(&self, access_key: &str) -> Option<String> {
         self.lock().issued.get(access_key).map(|issued| issued.assumed_role_arn.clone())

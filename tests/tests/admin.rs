@@ -61,10 +61,22 @@ async fn ps_and_explain_tell_every_containers_state_and_why() -> Result<()> {
     ensure!(table.lines().count() == 5 && table.contains("REFUSED") && table.contains("59 min"), "{table}");
 
     for (name, expected) in [
-        ("served", ["label metadata-proxy.role", "valid until", "Wget"]),
-        ("refused", ["label metadata-proxy.role", "AccessDenied", "trust policy"]),
-        ("plain", ["neither a label nor the environment", "role         none", "Wget"]),
-        ("broken", ["\"non sense\" is not an IAM role", "role         none", "none yet"]),
+        (
+            "served",
+            &["label metadata-proxy.role", ", valid until ", "to be renewed at ", "Wget", "duration: 3600 s"][..],
+        ),
+        ("served", &["network      bridge, namespace net:[", "the host's user namespace", "(/", "from 127.0.0.1:"]),
+        (
+            "refused",
+            &["label metadata-proxy.role", "AccessDenied", "trust policy", "next try when a client asks after "],
+        ),
+        (
+            "plain",
+            &["neither a label nor the environment", "role         none", "Wget", "remedy       to give it a role"],
+        ),
+        ("plain", &["label metadata-proxy.role: not there", "environment variable IAM_PROFILE: not there"]),
+        ("broken", &["\"non sense\" is not an IAM role", "role         none", "none yet", "remedy       correct"]),
+        ("broken", &["looked at    label metadata-proxy.role: non sense"]),
     ] {
         let explained = text(&ask(&stage, &["explain", name])?);
         for part in expected {

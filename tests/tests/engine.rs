@@ -238,7 +238,11 @@ async fn wait_for_call(stage: &Stage, role: &str, limit: Duration) -> Result<()>
 
 #[tokio::test(flavor = "multi_thread")]
 async fn containers_that_outlive_a_restart_of_the_engine_are_served_all_the_time() -> Result<()> {
-    let stage = Stage::on(TestHost::start_with(HostOptions { live_restore: true }).await?, daemon_options()).await?;
+    let stage = Stage::on(
+        TestHost::start_with(HostOptions { live_restore: true, ..HostOptions::default() }).await?,
+        daemon_options(),
+    )
+    .await?;
     let asker = Asker::start(&stage, "lasting", Network::Default).await?;
     asker.all_served(&asker.more(3).await?)?;
     let pid = asker.container.pid().await?;

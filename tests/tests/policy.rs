@@ -8,9 +8,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, TestHost},
+    host::{Container, ContainerSpec, HostOptions, TestHost},
     imds::HOST_ROLE,
     stage::{Stage, daemon_options},
+    sts::Fault,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::sleep;
@@ -26,7 +27,10 @@ struct Ruled {
 
 impl Ruled {
     async fn start(rules: &str) -> Result<Self> {
-        let host = TestHost::start().await?;
+        Self::on(TestHost::start().await?, rules).await
+    }
+
+    async fn on(host: TestHost, rules: &str) -> Result<Self> {
         let file = host.directory().join("config.toml");
         fs::write(&file, rules)?;
         let base = daemon_options().arg("--role-base").arg("arn:aws:iam::123456789012:role/");
@@ -60,6 +64,61 @@ async fn role(container: &Container) -> Result<String> {
 async fn assert_role(container: &Container, expected: &str) -> Result<()> {
     let role = role(container).await?;
     ensure!(role == expected, "{}: {role} instead of {expected}", container.name());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_match_on_whose_user_namespace_a_container_has() -> Result<()> {
+    const RULES: &str =
+        "[[rule]]\nuser-namespace = 'own'\nallow = ['web']\n\n[[rule]]\nuser-namespace = 'host'\nallow = ['agent']\n";
+    let host = TestHost::start_with(HostOptions { userns_remap: true, ..HostOptions::default() }).await?;
+    let ruled = Ruled::on(host, RULES).await?;
+    for (name, userns_mode, role, expected) in [
+        ("own-web", None, "web", "web"),
+        ("own-agent", None, "agent", "404"),
+        ("host-web", Some("host"), "web", "404"),
+        ("host-agent", Some("host"), "agent", "agent"),
+    ] {
+        let mut spec = ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]).label(ROLE_LABEL, role);
+        spec.host_config.userns_mode = userns_mode.map(str::to_owned);
+        let container = ruled.stage.run(spec).await?;
+        let own =
+            fs::read_link(format!("/proc/{}/ns/user", container.pid().await?))? != fs::read_link("/proc/self/ns/user")?;
+        ensure!(own == userns_mode.is_none(), "{name} is not in the namespace that it is to be in");
+        assert_role(&container, expected).await?;
+    }
+    ruled.stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_names_what_takes_a_restart_and_takes_over_the_rest() -> Result<()> {
+    const RULE: &str = "[[rule]]\nname = '*'\nallow = ['web']\n";
+    let mut ruled = Ruled::start("[[rule]]\nname = '*'\ndeny = true\n").await?;
+    let web = ruled.idle("web", &[(ROLE_LABEL, "web")]).await?;
+    assert_role(&web, "404").await?;
+    let other = "metrics-address = '127.0.0.1:9999'\n[sts]\ncalls-per-second = 1\n";
+    ruled.reload(&format!("{other}{RULE}"), "reloaded").await?;
+    let log = ruled.stage.daemon.log()?;
+    ensure!(log.contains("take a restart to change, and stay as they were: [sts], metrics-address\n"), "{log}");
+    assert_role(&web, "web").await?;
+    ruled.reload(RULE, "reloaded").await?;
+    ensure!(ruled.stage.daemon.log()?.matches("take a restart").count() == 1, "what is as it was is named");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_is_remembered_for_as_long_as_the_operator_says() -> Result<()> {
+    let ruled = Ruled::start("[sts]\nrefusal-memory = '2s'\n").await?;
+    let role_arn = metadata_proxy_tests::stage::role_arn("late");
+    ruled.stage.sts.set_role_fault(&role_arn, Some(Fault::Refuse));
+    let late = ruled.idle("late", &[(ROLE_LABEL, "late")]).await?;
+    assert_role(&late, "404").await?;
+    ruled.stage.sts.set_role_fault(&role_arn, None);
+    assert_role(&late, "404").await?;
+    ensure!(ruled.stage.sts.assume_role_calls(&role_arn) == 1, "the refusal is forgotten at once");
+    sleep(Duration::from_millis(2100)).await;
+    assert_role(&late, "late").await?;
+    ensure!(ruled.stage.sts.assume_role_calls(&role_arn) == 2, "more than one attempt");
     Ok(())
 }
 

@@ -6,9 +6,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bollard::{models::ContainerConfig, query_parameters::CommitContainerOptionsBuilder};
+use bollard::{
+    models::ContainerConfig,
+    query_parameters::{CommitContainerOptionsBuilder, RemoveImageOptionsBuilder},
+};
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec},
+    host::{Container, ContainerSpec, TestHost},
     stage::{Stage, daemon_options, role_arn},
 };
 
@@ -44,13 +47,49 @@ async fn assert_role(container: &Container, role: &str) -> Result<()> {
 }
 
 /// An image that names a role for whoever starts it.
-async fn image_with_a_role(stage: &Stage, name: &str, role: &str) -> Result<String> {
-    let base = stage.run(idle("base")).await?;
+async fn image_with_a_role(host: &TestHost, name: &str, role: &str) -> Result<String> {
+    let base = host.run(idle("base")).await?;
     let changes = format!("LABEL {ROLE_LABEL}={0}\nENV IAM_ROLE={0}", role_arn(role));
     let options = CommitContainerOptionsBuilder::new().container(base.id()).repo(name).changes(&changes).build();
-    let image = stage.docker().commit_container(options, ContainerConfig::default()).await.context("commit")?;
+    let image = host.docker().commit_container(options, ContainerConfig::default()).await.context("commit")?;
     base.remove().await?;
     Ok(image.id)
+}
+
+/// What is gone cannot be asked what it had brought.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_whose_image_is_gone_gets_no_role_and_neither_the_default() -> Result<()> {
+    let host = TestHost::start().await?;
+    let image = image_with_a_role(&host, "mp/gone", "admin").await?;
+    let orphan = host.run(of_image(&image, "orphan")).await?;
+    let labelled = host.run(of_image(&image, "labelled").label(ROLE_LABEL, &role_arn("web"))).await?;
+    // The engine removes no image of a running container.
+    for container in [&orphan, &labelled] {
+        container.stop().await?;
+    }
+    let force = RemoveImageOptionsBuilder::new().force(true).build();
+    host.docker().remove_image(&image, Some(force), None).await.context("remove the image")?;
+    for container in [&orphan, &labelled] {
+        container.start().await?;
+    }
+    let stage = Stage::on(host, daemon_options().arg("--default-role").arg(role_arn("default"))).await?;
+    for container in [&orphan, &labelled] {
+        let (status, body) = role_list(container).await?;
+        ensure!(status == 404, "{}: {status} {body}", container.name());
+    }
+    let log = stage.daemon.log()?;
+    ensure!(log.matches("cannot be inspected, so nobody can tell").count() == 2, "{log}");
+    ensure!(stage.sts.calls().iter().all(|call| call.action != "AssumeRole"), "STS was asked");
+    // Others get theirs.
+    let other = stage.run(idle("other")).await?;
+    assert_role(&other, "default").await?;
+    stage.assert_no_leak()
+}
+
+fn explain(stage: &Stage, name: &str) -> Result<String> {
+    let program = std::env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN is not set")?;
+    let output = stage.command(program).args(["explain", name]).output()?;
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 fn of_image(image: &str, name: &str) -> ContainerSpec {
@@ -67,6 +106,10 @@ async fn an_image_does_not_give_itself_a_role_unless_it_is_trusted() -> Result<(
     let image = image_with_a_role(&stage, "mp/greedy", "admin").await?;
     let greedy = stage.run(of_image(&image, "greedy")).await?;
     assert_role(&greedy, "default").await?;
+    let explained = explain(&stage, "greedy")?;
+    for source in [format!("label {ROLE_LABEL}"), "environment variable IAM_ROLE".to_owned()] {
+        ensure!(explained.contains(&format!("looked at    {source}: from the image, does not count")), "{explained}");
+    }
     // What the starter says counts, also over what the image says.
     let labelled = stage.run(of_image(&image, "labelled").label(ROLE_LABEL, &role_arn("web"))).await?;
     assert_role(&labelled, "web").await?;

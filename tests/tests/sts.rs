@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec},
-    stage::{Stage, role_arn},
-    sts::{Call, Fault},
+    host::{Container, ContainerSpec, DaemonOptions, TestHost},
+    stage::{STS_ENDPOINT, Stage, role_arn, start_imds, start_sts},
+    sts::{BASE_IDENTITY, BASE_SECRET_KEY, Call, Fault},
 };
 use tokio::time::sleep;
 
@@ -322,5 +322,48 @@ async fn credentials_of_a_container_that_has_stopped_are_no_longer_renewed() -> 
     ensure!(calls("stopping") == stopped, "{} calls for a container that is gone", calls("stopping") - stopped);
     ensure!(calls("staying") >= stayed + 3, "the other's renewal has ended with it");
     ensure!(staying.pid().await? != 0, "the other has ended");
+    stage.assert_no_leak()
+}
+
+/// As a login tool renews a profile, or somebody a key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_credential_that_is_replaced_in_its_profile_is_taken_without_a_restart() -> Result<()> {
+    let host = TestHost::start().await?;
+    let file = host.directory().join("credentials");
+    let write = |key: &str| {
+        let profile = format!("[default]\naws_access_key_id = {key}\naws_secret_access_key = {BASE_SECRET_KEY}\n");
+        std::fs::write(&file, profile)
+    };
+    write("AKIAOLD")?;
+    let options = DaemonOptions::default()
+        .env("AWS_ENDPOINT_URL_STS", STS_ENDPOINT)
+        .env("AWS_REGION", "eu-west-1")
+        .env("AWS_SHARED_CREDENTIALS_FILE", file.display().to_string())
+        .env("METADATA_PROXY_LOG", "info,metadata_proxy=debug");
+    let (imds, sts) = (start_imds(&host)?, start_sts(&host)?);
+    sts.add_identity("AKIAOLD", BASE_IDENTITY);
+    let mut daemon = host.daemon(options)?;
+    daemon.wait_ready(Duration::from_secs(20)).await?;
+    let stage = Stage { daemon, sts, imds, host };
+    let before = idle(&stage, "before", "before").await?;
+    ask_until(&before, "", 200, Duration::from_secs(10)).await?;
+
+    stage.sts.remove_identity("AKIAOLD");
+    let between = idle(&stage, "between", "between").await?;
+    ask_until(&between, "", 404, Duration::from_secs(10)).await?;
+    ensure!(ask(&before, "before").await?.status == 200, "what was fetched is no longer served");
+    let log = stage.daemon.log()?;
+    ensure!(
+        log.contains("InvalidClientTokenId") && log.contains("renew the credentials that the daemon itself uses"),
+        "{log}"
+    );
+
+    stage.sts.add_identity("AKIANEW", BASE_IDENTITY);
+    write("AKIANEW")?;
+    let after = idle(&stage, "after", "after").await?;
+    ask_until(&after, "", 200, Duration::from_secs(10)).await?;
+    let calls = stage.sts.calls();
+    let call = calls.iter().rev().find(|call| call.action == "AssumeRole").context("no call")?;
+    ensure!(call.access_key.as_deref() == Some("AKIANEW"), "{call:?}");
     stage.assert_no_leak()
 }

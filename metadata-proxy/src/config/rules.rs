@@ -5,10 +5,13 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 pub(super) use crate::identity::rules::Rules;
-use crate::identity::{
-    Glob, INSTANCE, check_policy_arns, duration, policy,
-    rules::{Allowance, Effect, Matching, Rule},
-    session_tag,
+use crate::{
+    containers::UserNamespace,
+    identity::{
+        Glob, INSTANCE, check_policy_arns, duration, policy,
+        rules::{Allowance, Effect, Matching, Rule},
+        session_tag,
+    },
 };
 
 /// What becomes of a container that no rule matches, if there are rules.
@@ -30,6 +33,7 @@ pub(super) struct Table {
     ecs_cluster: Option<Glob>,
     ecs_family: Option<Glob>,
     network: Option<Glob>,
+    user_namespace: Option<UserNamespace>,
 
     deny: bool,
     allow: Vec<String>,
@@ -93,6 +97,7 @@ impl Table {
             ecs_cluster: self.ecs_cluster,
             ecs_family: self.ecs_family,
             network: self.network,
+            user_namespace: self.user_namespace,
         };
         Ok(Rule { place: place.to_owned(), matching, effect })
     }

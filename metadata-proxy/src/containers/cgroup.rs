@@ -78,7 +78,7 @@ fn container_id(component: &str) -> Option<&str> {
 }
 
 /// The path of a process's cgroup below the cgroup2 mount.
-fn path_of(pid: u32) -> anyhow::Result<PathBuf> {
+pub(crate) fn path_of(pid: u32) -> anyhow::Result<PathBuf> {
     let file = format!("/proc/{pid}/cgroup");
     let text = fs::read_to_string(&file).with_context(|| format!("cannot read {file}"))?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"));

@@ -18,7 +18,7 @@ use jiff::Timestamp;
 use tokio::sync::OnceCell;
 use tracing::warn;
 
-use super::Container;
+use super::{Container, UserNamespace};
 
 /// An engine that does not answer is as bad as none; SDKs wait a second.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -81,10 +81,10 @@ fn take_out(kind: &str, own: &mut HashMap<String, String>, image: &HashMap<Strin
 }
 
 impl Description {
-    pub(super) fn at(self, cgroup: u64) -> Container {
+    pub(super) fn at(self, cgroup: u64, user_namespace: UserNamespace) -> Container {
         let Self { id, name, pid, image, network, from_image, settings, image_id: _ } = self;
         let Settings { labels, env } = settings;
-        Container { id, name, pid, cgroup, image, network, from_image, labels, env }
+        Container { id, name, pid, cgroup, image, network, user_namespace, from_image, labels, env }
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Credentials, Failure, RoleSession, SessionState};
+use super::{Credentials, Failure, RoleSession, Served, SessionState};
 
 /// What the keeper of an entry is doing.
 #[derive(Clone, Debug)]
@@ -43,6 +43,8 @@ impl Cached {
 pub(super) struct State {
     pub(super) cached: Option<Cached>,
     pub(super) phase: Phase,
+    /// The last one if nothing has succeeded since, with the time from which on there may be another attempt.
+    failure: Option<(Failure, Timestamp)>,
 }
 
 #[derive(Debug)]
@@ -62,7 +64,7 @@ enum Glance {
 
 impl Entry {
     pub(super) fn new(key: RoleSession, retired: CancellationToken) -> Self {
-        let state = State { cached: None, phase: Phase::Fetching };
+        let state = State { cached: None, phase: Phase::Fetching, failure: None };
         Self { key, state: watch::Sender::new(state), retired }
     }
 
@@ -101,8 +103,12 @@ impl Entry {
     pub(super) fn show(&self, wall: Timestamp) -> SessionState {
         let state = self.state.borrow();
         let cached = state.cached.as_ref().filter(|cached| cached.valid(wall));
-        let failure = if let Phase::Failed(failure) = &state.phase { Some(failure.clone()) } else { None };
-        SessionState { expiration: cached.map(|cached| cached.credentials.expiration), failure }
+        let served = cached.map(|cached| Served {
+            access_key_id: cached.credentials.access_key_id.clone(),
+            expiration: cached.credentials.expiration,
+            renewal: cached.renew_at,
+        });
+        SessionState { served, failure: state.failure.clone() }
     }
 
     /// Fetch ahead for somebody who will ask later.
@@ -129,13 +135,14 @@ impl Entry {
     }
 
     pub(super) fn publish(&self, cached: Cached) {
-        self.state.send_modify(|state| *state = State { cached: Some(cached), phase: Phase::Idle });
+        self.state.send_modify(|state| *state = State { cached: Some(cached), phase: Phase::Idle, failure: None });
     }
 
     /// Credentials that are still valid stay and go on being served.
-    pub(super) fn publish_failure(&self, failure: Failure, wall: Timestamp) {
+    pub(super) fn publish_failure(&self, failure: Failure, wall: Timestamp, next: Timestamp) {
         self.state.send_modify(|state| {
             state.cached.take_if(|cached| !cached.valid(wall));
+            state.failure = Some((failure.clone(), next));
             state.phase = Phase::Failed(failure);
         });
     }

@@ -151,6 +151,7 @@ fn remedy(code: &str, subject: &str, identity: Option<&str>) -> String {
         code if STALE_SOURCE.contains(&code) || code == "SignatureDoesNotMatch" => {
             "; renew the credentials that the daemon itself uses, and check the host's clock".to_owned()
         }
+        "MalformedPolicyDocument" => "; correct the session policy, of the container or of the rule".to_owned(),
         _ => String::new(),
     }
 }

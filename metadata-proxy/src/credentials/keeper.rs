@@ -82,7 +82,8 @@ async fn work(shared: &Arc<Shared>, entry: &Arc<Entry>) {
                 let pause = pause(&failure, failures, shared.settings.refusal_memory);
                 tracing::warn!(%role, %session, serving_old = serving, pause = ?pause, "no new credentials: {failure}");
                 let refused = matches!(failure, Failure::Refused { .. });
-                entry.publish_failure(failure, shared.now());
+                let now = shared.now();
+                entry.publish_failure(failure, now, now.saturating_add(pause).unwrap_or(now));
                 sleep(pause).await;
                 if shared.retire_released(entry) {
                     return;

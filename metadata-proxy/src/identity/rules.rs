@@ -8,7 +8,7 @@ use super::{
     role::{self, BadRole, Home, RoleArn, RoleBase, RoleSpec},
     template::Template,
 };
-use crate::containers::Container;
+use crate::containers::{Container, UserNamespace};
 
 #[derive(Debug, Default)]
 pub(crate) struct Rules {
@@ -35,6 +35,7 @@ pub(crate) struct Matching {
     pub(crate) ecs_cluster: Option<Glob>,
     pub(crate) ecs_family: Option<Glob>,
     pub(crate) network: Option<Glob>,
+    pub(crate) user_namespace: Option<UserNamespace>,
 }
 
 #[derive(Debug)]
@@ -106,6 +107,7 @@ impl Matching {
         fits(&self.name, Some(&container.name))
             && fits(&self.image, Some(&container.image))
             && fits(&self.network, Some(&container.network))
+            && self.user_namespace.is_none_or(|namespace| namespace == container.user_namespace)
             && fits(&self.compose_project, label("com.docker.compose.project"))
             && fits(&self.ecs_cluster, label("com.amazonaws.ecs.cluster"))
             && fits(&self.ecs_family, label("com.amazonaws.ecs.task-definition-family"))
@@ -185,6 +187,7 @@ mod tests {
             ecs_cluster: glob("prod"),
             ecs_family: glob("fam*"),
             network: glob("bridge"),
+            user_namespace: Some(UserNamespace::Host),
         };
         assert!(matching().covers(&container) && Matching::default().covers(&container));
         for wrong in [
@@ -195,6 +198,7 @@ mod tests {
             Matching { ecs_cluster: glob("x"), ..matching() },
             Matching { ecs_family: glob("x"), ..matching() },
             Matching { network: glob("host"), ..matching() },
+            Matching { user_namespace: Some(UserNamespace::Own), ..matching() },
         ] {
             assert!(!wrong.covers(&container), "{wrong:?}");
         }

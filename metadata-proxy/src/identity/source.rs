@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use crate::containers::Container;
 
 /// Where a container's role or option was found.
@@ -9,6 +11,25 @@ use crate::containers::Container;
 pub(crate) enum Source {
     Label(&'static str),
     Environment(&'static str),
+}
+
+impl Source {
+    fn value(self, container: &Container) -> Option<&str> {
+        let value = match self {
+            Self::Label(name) => container.labels.get(name),
+            Self::Environment(name) => container.env.get(name),
+        };
+        value.map(String::as_str)
+    }
+}
+
+/// What was found in one place.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Said {
+    pub(crate) source: String,
+    pub(crate) value: Option<String>,
+    /// The container's image has a value here, which does not count.
+    pub(crate) from_image: bool,
 }
 
 impl fmt::Display for Source {
@@ -36,13 +57,19 @@ impl Names {
     /// arrives.
     pub(super) fn find<'a>(&self, container: &'a Container) -> Option<(Source, &'a str)> {
         self.sources().find_map(|source| {
-            let value = match source {
-                Source::Label(name) => container.labels.get(name),
-                Source::Environment(name) => container.env.get(name),
-            };
-            let value = value?.trim();
+            let value = source.value(container)?.trim();
             (!value.is_empty()).then_some((source, value))
         })
+    }
+
+    /// What each of the names says, for those who ask.
+    pub(super) fn said(&self, container: &Container) -> Vec<Said> {
+        let brought = self.brought(container);
+        let said = |source: Source| {
+            let (value, from_image) = (source.value(container), brought.contains(&source.to_string()));
+            Said { source: source.to_string(), value: value.map(|value| value.trim().to_owned()), from_image }
+        };
+        self.sources().map(said).collect()
     }
 
     /// Those of the names that the container's image has given a value, which does not count.

@@ -6,6 +6,7 @@ use super::{
     rules::{Matching, Rule},
     *,
 };
+use crate::containers::UserNamespace;
 
 const ACCOUNT: &str = "arn:aws:iam::111122223333:user/metadata-proxy";
 
@@ -20,6 +21,7 @@ pub(crate) fn container(name: &str, labels: &[(&str, &str)], env: &[(&str, &str)
         cgroup: 1,
         image: "registry/app:1.2".to_owned(),
         network: "bridge".to_owned(),
+        user_namespace: UserNamespace::Host,
         from_image: Some(Vec::new()),
         labels: map(labels),
         env: map(env),

@@ -7,12 +7,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use bollard::{API_DEFAULT_VERSION, Docker};
 use rustix::process::Signal;
 use tokio::sync::Mutex;
 
 use super::{
+    HostOptions,
     machine::{Machine, find_program},
     process::Process,
 };
@@ -37,14 +38,14 @@ address = "/run/engine/containerd.sock"
 pub struct Engine {
     docker: Docker,
     socket: PathBuf,
-    live_restore: bool,
+    options: HostOptions,
     process: Mutex<Process>,
     _containerd: Process,
     machine: Arc<Machine>,
 }
 
 impl Engine {
-    pub(super) async fn start(machine: Arc<Machine>, live_restore: bool) -> Result<Self> {
+    pub(super) async fn start(machine: Arc<Machine>, options: HostOptions) -> Result<Self> {
         for program in ["dockerd", "containerd", "runc"] {
             find_program(program, "docker.io")?;
         }
@@ -58,10 +59,10 @@ impl Engine {
         // dockerd waits for its socket.
         let containerd = Process::spawn("containerd", command, directory.join("containerd.log"))?;
         let socket = directory.join("docker.sock");
-        let mut process = spawn(&machine, &socket, live_restore)?;
+        let mut process = spawn(&machine, &socket, options)?;
         let docker = answering(&mut process, &socket).await?;
         let docker = docker.negotiate_version().await.context("negotiating the Docker API version")?;
-        Ok(Self { docker, socket, live_restore, process: Mutex::new(process), _containerd: containerd, machine })
+        Ok(Self { docker, socket, options, process: Mutex::new(process), _containerd: containerd, machine })
     }
 
     pub fn docker(&self) -> &Docker {
@@ -91,7 +92,7 @@ impl Engine {
     /// Starts the engine again after [`stop`](Self::stop) or [`kill`](Self::kill).
     pub async fn resume(&self) -> Result<()> {
         let mut process = self.process.lock().await;
-        *process = spawn(&self.machine, &self.socket, self.live_restore)?;
+        *process = spawn(&self.machine, &self.socket, self.options)?;
         answering(&mut process, &self.socket).await?;
         Ok(())
     }
@@ -109,7 +110,7 @@ impl Engine {
     }
 }
 
-fn spawn(machine: &Machine, socket: &Path, live_restore: bool) -> Result<Process> {
+fn spawn(machine: &Machine, socket: &Path, options: HostOptions) -> Result<Process> {
     let directory = machine.directory();
     let mut command = machine.command("dockerd");
     command
@@ -129,8 +130,16 @@ fn spawn(machine: &Machine, socket: &Path, live_restore: bool) -> Result<Process
             "--iptables=false",
             "--ip6tables=false",
         ]);
-    if live_restore {
+    if options.live_restore {
         command.arg("--live-restore");
+    }
+    if options.userns_remap {
+        // Whose the range is matters to nobody; that it is there, and not root's, does.
+        let range = "echo daemon:200000:65536 > /etc/subuid; cp /etc/subuid /etc/subgid; \
+                     mkdir -p /run/engine/data; chmod o+x /run/engine /run/engine/data";
+        let written = machine.command("sh").args(["-c", range]).status()?;
+        ensure!(written.success(), "cannot write /etc/subuid of the test host");
+        command.arg("--userns-remap=daemon");
     }
     Process::spawn("dockerd", command, directory.join("dockerd.log"))
 }
