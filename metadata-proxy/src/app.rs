@@ -1,7 +1,8 @@
 //! The composition root: builds everything from the configuration, runs it, and takes it down.
 
+mod interception;
+
 use std::{
-    collections::HashSet,
     convert::Infallible,
     path::Path,
     sync::{Arc, RwLock},
@@ -10,12 +11,6 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use jiff::Timestamp;
-use metadata_proxy_common::Settings;
-use rustix::{
-    process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit},
-    time::{ClockId, clock_getres},
-};
-use sd_notify::NotifyState;
 use tokio::{
     runtime::Runtime,
     signal::unix::{Signal, SignalKind, signal},
@@ -30,20 +25,22 @@ use crate::{
     audit::Audit,
     check,
     config::{self, BadConfig, Config},
-    containers::{Registry, cgroup, docker::Engine},
+    containers::{Registry, docker::Engine},
     credentials::{Aws, Store},
+    exemptions::Exemptions,
     identity::Home,
     imds::{Imds, Rest},
-    interceptor::{self, Interceptor, features, preflight},
+    interceptor::{self, Interceptor},
     listeners::Listeners,
     log_limit::LogLimit,
     metrics::{self, Metrics},
-    netns,
     server::{self, Server},
     token_key,
     upstream::Upstream,
     workload::{Known, Workload, Workloads},
 };
+
+use interception::Interception;
 
 type Reloaded = Result<Config, BadConfig>;
 
@@ -53,10 +50,6 @@ const IDLE: Duration = Duration::from_secs(30);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Accepted connections that wait for the server to take them.
 const QUEUE: usize = 1024;
-
-/// First SYN timeout of an intercepted connection, and how long it is held at most.
-const SYN_TIMEOUT: Duration = Duration::from_millis(8);
-const HOLD_BUDGET: Duration = Duration::from_secs(4);
 
 /// `reload` reads the configuration anew.
 pub(crate) fn run(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -> anyhow::Result<()> {
@@ -101,40 +94,9 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
 
-    // A core dump would have every secret in it, and lie on a disk.
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("cannot rule out core dumps")?;
-    preflight::capabilities()?;
-    features::require()?;
-    raise_file_limit();
-    let cgroup = preflight::cgroup(config.cgroup.as_deref())?;
-    let cgroup2 = preflight::cgroup2_mount()?;
-    preflight::bpffs(&config.bpffs)?;
-    preflight::tracefs()?;
-    let mut exempt: HashSet<u64> =
-        config.exempt_cgroups.iter().map(|path| cgroup::id_at(&cgroup2, path)).collect::<Result<_, _>>()?;
-    // Else we would ask ourselves for what the real service is to say.
-    exempt.extend(cgroup::of_our_container(&cgroup2));
-
-    let worker = netns::Worker::start()?;
-    let settings = settings()?;
-    let (interceptor, wanted, uplinks) = Interceptor::attach(interceptor::Options {
-        cgroup: &cgroup,
-        bpffs: &config.bpffs,
-        settings,
-        debug: tracing::enabled!(target: "metadata_proxy", tracing::Level::DEBUG),
-        worker: worker.clone(),
-    })?;
-    let interceptor = Arc::new(interceptor);
-    know_cgroups(&interceptor, &cgroup2, &exempt)?;
     let mut background = JoinSet::new();
-    let uplinks = Arc::new(uplinks);
-    let guard = uplinks.guard_host().await.context("cannot guard the uplinks")?;
-    background.spawn(async { Ok(guard.await) });
-    // At boot the engine and its containers come after this, so nothing above may wait for it.
-    info!(cgroup = %cgroup.display(), "attached: no container reaches the real metadata service by itself");
-    if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
-        warn!("cannot tell systemd that the programs are attached: {error}");
-    }
+    let Interception { interceptor, wanted, uplinks, worker, host_netns, cgroup2, exemptions } =
+        interception::start(&config, &mut background).await?;
 
     let metrics = Metrics::default();
     let audit = config.audit_log.map(|target| Audit::start(target, metrics.audit_lost())).transpose()?.map(Arc::new);
@@ -143,7 +105,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let (sender, connections) = mpsc::channel(QUEUE);
     // The host's are guarded already.
     let guard = move |namespace, cookie| {
-        (cookie != settings.host_netns)
+        (cookie != host_netns)
             .then(|| AbortOnDropHandle::new(tokio::spawn(Arc::clone(&uplinks).guard_in(namespace, cookie))))
     };
     let listeners = Listeners::new(Arc::clone(&interceptor), worker, guard, sender);
@@ -153,7 +115,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         listeners: Arc::clone(&listeners),
         credentials: Arc::clone(&credentials),
         known: RwLock::new(Known { settings: config.identity, home: None }),
-        exempt_cgroups: exempt,
+        exemptions: Arc::clone(&exemptions),
     });
     let admit = Arc::clone(&workloads);
     let engine = Engine::new(&config.docker_host, config.trust_image_metadata);
@@ -198,7 +160,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     // Connections that are held by now do not wait for the engine.
     let held = Arc::clone(&listeners).serve_wanted(wanted);
     background.spawn(async { held.await.context("cannot read the kernel's requests") });
-    background.spawn(sweep(Arc::clone(&listeners)));
+    background.spawn(sweep(Arc::clone(&listeners), exemptions, Arc::clone(&interceptor)));
     background.spawn(async move { Ok(registry.follow().await) });
 
     // None of these ends by itself.
@@ -286,71 +248,15 @@ fn reconsider_all(workloads: &Workloads, registry: &Registry<Workload>) {
     }
 }
 
-/// Gives back what is no longer needed.
-async fn sweep(listeners: Arc<Listeners>) -> anyhow::Result<Infallible> {
+/// Gives back what is no longer needed, and sees to what comes without a word.
+async fn sweep(
+    listeners: Arc<Listeners>,
+    exemptions: Arc<Exemptions>,
+    interceptor: Arc<Interceptor>,
+) -> anyhow::Result<Infallible> {
     loop {
         tokio::time::sleep(IDLE / 3).await;
         listeners.close_idle(IDLE);
-    }
-}
-
-/// The containers' cgroups that were there before the programs: from then on the kernel itself notes
-/// them as they come and go.
-fn know_cgroups(interceptor: &Interceptor, cgroup2: &Path, exempt: &HashSet<u64>) -> anyhow::Result<()> {
-    // In this order: one that is made meanwhile is in neither, and stays.
-    let known = interceptor.cgroups();
-    let existing = cgroup::all(cgroup2);
-    for cgroup in known.into_iter().filter(|cgroup| !existing.contains(cgroup)) {
-        interceptor.forget_cgroup(cgroup);
-    }
-    for cgroup in existing {
-        interceptor.add_container(cgroup)?;
-    }
-    for cgroup in exempt {
-        interceptor.exempt(*cgroup)?;
-    }
-    Ok(())
-}
-
-/// One listener per namespace and some connections each: more than the customary 1024 descriptors.
-fn raise_file_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
-        warn!("cannot raise the limit of open files from {:?}: {error}", limit.current);
-    }
-}
-
-fn settings() -> anyhow::Result<Settings> {
-    // The kernel counts the timeout in ticks, and the coarse clock advances once a tick.
-    let tick = Duration::try_from(clock_getres(ClockId::MonotonicCoarse)).unwrap_or(Duration::from_millis(4));
-    let (syn_timeout, syn_retries) = patience(tick);
-    Ok(Settings { host_netns: netns::current_cookie()?, syn_timeout, syn_retries })
-}
-
-/// The first SYN timeout in ticks, and after how many retries, each waiting twice as long as the one
-/// before, the budget is spent. Two ticks at least: the first may be over at once.
-fn patience(tick: Duration) -> (u32, u32) {
-    let tick = tick.max(Duration::from_micros(100));
-    let ticks = u32::try_from(SYN_TIMEOUT.as_nanos().div_ceil(tick.as_nanos())).unwrap_or(2).max(2);
-    let mut retries = 0;
-    let mut waited = tick * ticks;
-    let mut next = waited * 2;
-    while waited < HOLD_BUDGET {
-        waited += next;
-        next *= 2;
-        retries += 1;
-    }
-    (ticks, retries)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_hold_lasts_for_seconds_at_every_tick_rate() {
-        assert_eq!(patience(Duration::from_millis(1)), (8, 8));
-        assert_eq!(patience(Duration::from_millis(4)), (2, 8));
-        assert_eq!(patience(Duration::from_millis(10)), (2, 7));
+        exemptions.look(&interceptor);
     }
 }

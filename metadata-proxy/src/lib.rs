@@ -10,6 +10,7 @@ mod cli;
 mod config;
 mod containers;
 mod credentials;
+mod exemptions;
 mod identity;
 mod imds;
 mod interceptor;

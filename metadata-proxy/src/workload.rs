@@ -1,7 +1,6 @@
 //! A running container and everything the daemon does for it. All of it ends when this is dropped.
 
 use std::{
-    collections::HashSet,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
@@ -14,6 +13,7 @@ use tracing::{info, warn};
 use crate::{
     containers::Container,
     credentials::{Hold, RoleSession, Store},
+    exemptions::Exemptions,
     identity::{self, Decision, Home, RoleArn, Settings, Verdict},
     interceptor::Interceptor,
     listeners::Listeners,
@@ -27,7 +27,7 @@ pub(crate) struct Workloads {
     pub(crate) credentials: Arc<Store>,
     pub(crate) known: RwLock<Known>,
     /// Cgroups that keep the real service: a container's may be among them, and our own is.
-    pub(crate) exempt_cgroups: HashSet<u64>,
+    pub(crate) exemptions: Arc<Exemptions>,
 }
 
 /// What decisions are made from, beside the container.
@@ -105,7 +105,7 @@ impl Workloads {
     }
 
     fn decide(&self, container: &Container) -> Decision {
-        if self.exempt_cgroups.contains(&container.cgroup) {
+        if self.exemptions.contains(container.cgroup) {
             let reasons = vec!["its cgroup is exempt: it keeps the real metadata service".to_owned()];
             return Decision { verdict: Verdict::Instance, require_imdsv2: false, reasons };
         }

@@ -1,12 +1,13 @@
 //! Containers in the host's network are told by their cgroup alone: what a container may do with cgroups
 //! takes nobody out of the interception.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bollard::models::HostConfig;
 use metadata_proxy_tests::{
-    host::{ContainerSpec, Network},
+    host::{ContainerSpec, Network, TestHost},
+    imds::HOST_ROLE,
     stage::{Stage, daemon_options, role_arn},
 };
 
@@ -73,4 +74,32 @@ async fn a_container_deep_in_the_tree_of_cgroups_is_refused_rather_than_taken_fo
     let output = stage.command("timeout").args(["8", "sh", "-c", &script]).output()?;
     ensure!(String::from_utf8_lossy(&output.stdout).ends_with("404"), "from deeper still: {output:?}");
     stage.assert_no_leak()
+}
+
+/// A service's cgroup goes with it, and comes back as another one.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_exempt_cgroup_is_exempt_whenever_it_comes() -> Result<()> {
+    let host = TestHost::start().await?;
+    // Named so that only the exemption tells it from a container's.
+    let path = format!("/{}/host/{}", host.machine().name(), "a9".repeat(32));
+    let options = daemon_options().arg("--exempt-cgroup").arg(&path);
+    let mut stage = Stage::on(host, options).await?;
+    ensure!(stage.daemon.log()?.contains("no such cgroup; it is exempt when it comes"), "{}", stage.daemon.log()?);
+    let ask = |stage: &Stage| -> Result<String> {
+        let script = format!("echo $$ > /sys/fs/cgroup{path}/cgroup.procs && exec {ASK}");
+        let output = stage.command("timeout").args(["8", "sh", "-c", &script]).output()?;
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let cgroup = format!("/sys/fs/cgroup{path}");
+    for round in 1..=2 {
+        ensure!(stage.command("mkdir").arg(&cgroup).status()?.success(), "mkdir");
+        let before = ask(&stage)?;
+        ensure!(before.ends_with("404"), "not yet exempt, but was answered {before}");
+        let exempt = |log: &str| log.matches(&format!("exempt: {path}")).count() == round;
+        stage.daemon.wait_for("the exemption", Duration::from_secs(20), exempt).await?;
+        let after = ask(&stage)?;
+        ensure!(after == format!("{HOST_ROLE}200"), "exempt, but was answered {after}");
+        ensure!(stage.command("rmdir").arg(&cgroup).status()?.success(), "rmdir");
+    }
+    Ok(())
 }

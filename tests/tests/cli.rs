@@ -1,6 +1,13 @@
 //! The program as an operator meets it: its help, its configuration, what it says when it cannot run, and its log.
 
-use std::{env, path::PathBuf, process::Output, time::Duration};
+use std::{
+    env,
+    fs::{self, File},
+    path::PathBuf,
+    process::{Command, ExitStatus, Output},
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
@@ -18,14 +25,40 @@ fn program() -> Result<String> {
     Ok(std::path::absolute(path)?.display().to_string())
 }
 
-/// Runs it as a host process where there is no container engine, for seconds if it does not end by itself.
+/// As a host process where there is no container engine.
 ///
 /// What it attaches, it attaches to the machine's cgroup, whatever it is told: the root's belongs to the tester.
+fn command(machine: &Machine, args: &[&str], variables: &[(&str, &str)]) -> Result<Command> {
+    let mut command = machine.command(program()?);
+    command.args(args).env("METADATA_PROXY_CGROUP", machine.inner_cgroup()).envs(variables.iter().copied());
+    Ok(command)
+}
+
+/// Runs it to its own end.
 fn run(machine: &Machine, args: &[&str], variables: &[(&str, &str)]) -> Result<Output> {
-    let mut command = machine.command("timeout");
-    command.args(["--preserve-status", "2", &program()?]).args(args);
-    command.env("METADATA_PROXY_CGROUP", machine.inner_cgroup()).envs(variables.iter().copied());
-    Ok(command.output()?)
+    Ok(command(machine, args, variables)?.output()?)
+}
+
+/// Runs it until it has said in one line of its log what it lacks, and then ends it.
+fn run_until_warned(
+    machine: &Machine,
+    args: &[&str],
+    variables: &[(&str, &str)],
+    words: &[&str],
+) -> Result<ExitStatus> {
+    let log = machine.directory().join("warned.log");
+    let mut daemon = command(machine, args, variables)?.stderr(File::create(&log)?).spawn()?;
+    let warned = |line: &str| line.contains(" WARN ") && words.iter().all(|word| line.contains(word));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut warnings = 0;
+    while warnings == 0 && Instant::now() < deadline && daemon.try_wait()?.is_none() {
+        thread::sleep(Duration::from_millis(50));
+        warnings = fs::read_to_string(&log)?.lines().filter(|line| warned(line)).count();
+    }
+    let ended = machine.command("kill").arg(daemon.id().to_string()).status()?;
+    let status = daemon.wait()?;
+    ensure!(warnings == 1 && ended.success(), "{words:?} in:\n{}", fs::read_to_string(&log)?);
+    Ok(status)
 }
 
 /// The one line that it said, apart from its log.
@@ -154,12 +187,12 @@ async fn bad_configuration_is_one_line_that_says_what_and_where() -> Result<()> 
         ("[upstream]\ndeny = ['nonsense']\n", &["config.toml: [upstream]", "nonsense"]),
         ("\u{1}", &["config.toml:1"]),
     ] {
-        std::fs::write(&file, text)?;
+        fs::write(&file, text)?;
         let output = run(&machine, &["run", "--config", &file], &[])?;
         assert_eq!(output.status.code(), Some(64), "{text:?}: {output:?}");
         assert_says(&only_line(&output)?, words);
     }
-    std::fs::write(&file, b"log = '\xff'\n")?;
+    fs::write(&file, b"log = '\xff'\n")?;
     let output = run(&machine, &["run", "--config", &file], &[])?;
     assert_eq!(output.status.code(), Some(64), "{output:?}");
     assert_says(&only_line(&output)?, &["config.toml", "UTF-8"]);
@@ -180,23 +213,16 @@ async fn empty_variables_count_as_unset() -> Result<()> {
         "METADATA_PROXY_BPFFS",
         "METADATA_PROXY_LOG",
     ];
-    let output = run(&machine, &["run"], &names.map(|name| (name, "")))?;
     // All is well with the configuration; it is only that there is no engine here.
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
-    assert_warns(&output, &["unix:///var/run/docker.sock"])?;
-    for (disable, code) in [("true", 64), ("1", 64), ("YES", 64), ("false", 0), ("0", 0), ("off", 0)] {
+    let status = run_until_warned(&machine, &["run"], &names.map(|name| (name, "")), &["unix:///var/run/docker.sock"])?;
+    assert_eq!(status.code(), Some(0));
+    // The two exclude each other.
+    for (disable, wrong) in [("true", true), ("1", true), ("YES", true), ("false", false), ("0", false), ("off", false)]
+    {
         let variables = [("METADATA_PROXY_DISABLE_UPSTREAM", disable)];
-        let output = run(&machine, &["run", "--imds-endpoint", "http://192.0.2.1"], &variables)?;
-        assert_eq!(output.status.code(), Some(code), "{disable}: {output:?}");
+        let output = run(&machine, &["check", "--imds-endpoint", "http://192.0.2.1"], &variables)?;
+        assert_eq!(output.status.code() == Some(64), wrong, "{disable}: {output:?}");
     }
-    Ok(())
-}
-
-/// It went on, and said once in its log what it lacks.
-fn assert_warns(output: &Output, words: &[&str]) -> Result<()> {
-    let log = String::from_utf8(output.stderr.clone())?;
-    let warnings = log.lines().filter(|line| line.contains(" WARN ") && words.iter().all(|word| line.contains(word)));
-    assert_eq!(warnings.count(), 1, "{words:?} in:\n{log}");
     Ok(())
 }
 
@@ -210,7 +236,7 @@ async fn flags_win_over_the_environment_and_that_over_the_file() -> Result<()> {
     let mut stage = Stage::start().await?;
     let plain = stage.run(ContainerSpec::on_host("plain", ["/usr/bin/sleep", "600"])).await?;
     let file = stage.directory().join("config.toml");
-    std::fs::write(&file, format!("default-role = '{}'\nlog = 'error'\nlog-format = 'json'\n", role_arn("from-file")))?;
+    fs::write(&file, format!("default-role = '{}'\nlog = 'error'\nlog-format = 'json'\n", role_arn("from-file")))?;
     // `ready` is said at the level info.
     let with_file = || {
         let options = daemon_options().arg("--config").arg(file.display().to_string());
@@ -235,7 +261,7 @@ async fn what_keeps_it_from_running_is_named_with_its_remedy() -> Result<()> {
     let machine = Machine::start()?;
     let cgroup = machine.inner_cgroup().display().to_string();
     let file = machine.directory().join("file");
-    std::fs::write(&file, "")?;
+    fs::write(&file, "")?;
     let file = file.display().to_string();
     // An engine may come later: containers are cut off from the real service until then.
     let engines: &[(&[&str], &[&str])] = &[
@@ -244,9 +270,8 @@ async fn what_keeps_it_from_running_is_named_with_its_remedy() -> Result<()> {
         (&["--cgroup", &cgroup, "--docker-host", "tcp://127.0.0.1:1"], &["tcp://127.0.0.1:1", "--docker-host"]),
     ];
     for (args, words) in engines {
-        let output = run(&machine, &[&["run"], *args].concat(), &[])?;
-        assert_eq!(output.status.code(), Some(0), "{args:?}: {output:?}");
-        assert_warns(&output, words)?;
+        let status = run_until_warned(&machine, &[&["run"], *args].concat(), &[], words)?;
+        assert_eq!(status.code(), Some(0), "{args:?}");
     }
     let cases: &[(&[&str], &[&str])] = &[
         (&["--cgroup", "/tmp"], &["--cgroup /tmp", "cgroup2", "findmnt"]),
@@ -288,7 +313,7 @@ async fn what_keeps_it_from_running_is_named_with_its_remedy() -> Result<()> {
 async fn a_bpffs_is_mounted_where_there_is_none() -> Result<()> {
     let host = TestHost::start().await?;
     let bpffs = host.directory().join("bpf");
-    std::fs::create_dir(&bpffs)?;
+    fs::create_dir(&bpffs)?;
     let bpffs = bpffs.display().to_string();
     let stage = Stage::on(host, daemon_options().arg("--bpffs").arg(&bpffs)).await?;
     let listed = stage.command("ls").arg(format!("{bpffs}/metadata-proxy")).output()?;

@@ -1,0 +1,139 @@
+//! From the configuration to the moment from which no container reaches the real service by itself.
+//!
+//! At boot the engine and its containers come after this, so nothing here waits for an engine, for AWS or
+//! for the network.
+
+use std::{
+    convert::Infallible,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use metadata_proxy_common::Settings;
+use rustix::{
+    process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit},
+    time::{ClockId, clock_getres},
+};
+use sd_notify::NotifyState;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::{
+    config::Config,
+    containers::cgroup,
+    exemptions::Exemptions,
+    interceptor::{self, Interceptor, Uplinks, WantedEvents, features, preflight},
+    netns,
+};
+
+/// First SYN timeout of an intercepted connection, and how long it is held at most.
+const SYN_TIMEOUT: Duration = Duration::from_millis(8);
+const HOLD_BUDGET: Duration = Duration::from_secs(4);
+
+/// What is in force, and what else was found on the way.
+pub(super) struct Interception {
+    pub(super) interceptor: Arc<Interceptor>,
+    pub(super) wanted: WantedEvents,
+    pub(super) uplinks: Arc<Uplinks>,
+    pub(super) worker: netns::Worker,
+    pub(super) host_netns: u64,
+    pub(super) cgroup2: PathBuf,
+    pub(super) exemptions: Arc<Exemptions>,
+}
+
+pub(super) async fn start(
+    config: &Config,
+    background: &mut JoinSet<anyhow::Result<Infallible>>,
+) -> anyhow::Result<Interception> {
+    // A core dump would have every secret in it, and lie on a disk.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("cannot rule out core dumps")?;
+    preflight::capabilities()?;
+    features::require()?;
+    raise_file_limit();
+    let cgroup = preflight::cgroup(config.cgroup.as_deref())?;
+    let cgroup2 = preflight::cgroup2_mount()?;
+    preflight::bpffs(&config.bpffs)?;
+    preflight::tracefs()?;
+
+    let worker = netns::Worker::start()?;
+    let settings = settings()?;
+    let (interceptor, wanted, uplinks) = Interceptor::attach(interceptor::Options {
+        cgroup: &cgroup,
+        bpffs: &config.bpffs,
+        settings,
+        debug: tracing::enabled!(target: "metadata_proxy", tracing::Level::DEBUG),
+        worker: worker.clone(),
+    })?;
+    let interceptor = Arc::new(interceptor);
+    know_cgroups(&interceptor, &cgroup2)?;
+    let exemptions = Arc::new(Exemptions::new(config.exempt_cgroups.clone(), cgroup2.clone()));
+    exemptions.enact(&interceptor);
+    let uplinks = Arc::new(uplinks);
+    let guard = uplinks.guard_host().await.context("cannot guard the uplinks")?;
+    background.spawn(async { Ok(guard.await) });
+    info!(cgroup = %cgroup.display(), "attached: no container reaches the real metadata service by itself");
+    if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+        warn!("cannot tell systemd that the programs are attached: {error}");
+    }
+    Ok(Interception { interceptor, wanted, uplinks, worker, host_netns: settings.host_netns, cgroup2, exemptions })
+}
+
+/// The containers' cgroups that were there before the programs: from then on the kernel itself notes
+/// them as they come and go.
+fn know_cgroups(interceptor: &Interceptor, cgroup2: &Path) -> anyhow::Result<()> {
+    // In this order: one that is made meanwhile is in neither, and stays.
+    let known = interceptor.cgroups();
+    let existing = cgroup::all(cgroup2);
+    for cgroup in known.into_iter().filter(|cgroup| !existing.contains(cgroup)) {
+        interceptor.forget_cgroup(cgroup);
+    }
+    for cgroup in existing {
+        interceptor.add_container(cgroup)?;
+    }
+    Ok(())
+}
+
+/// One listener per namespace and some connections each: more than the customary 1024 descriptors.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        warn!("cannot raise the limit of open files from {:?}: {error}", limit.current);
+    }
+}
+
+fn settings() -> anyhow::Result<Settings> {
+    // The kernel counts the timeout in ticks, and the coarse clock advances once a tick.
+    let tick = Duration::try_from(clock_getres(ClockId::MonotonicCoarse)).unwrap_or(Duration::from_millis(4));
+    let (syn_timeout, syn_retries) = patience(tick);
+    Ok(Settings { host_netns: netns::current_cookie()?, syn_timeout, syn_retries })
+}
+
+/// The first SYN timeout in ticks, and after how many retries, each waiting twice as long as the one
+/// before, the budget is spent. Two ticks at least: the first may be over at once.
+fn patience(tick: Duration) -> (u32, u32) {
+    let tick = tick.max(Duration::from_micros(100));
+    let ticks = u32::try_from(SYN_TIMEOUT.as_nanos().div_ceil(tick.as_nanos())).unwrap_or(2).max(2);
+    let mut retries = 0;
+    let mut waited = tick * ticks;
+    let mut next = waited * 2;
+    while waited < HOLD_BUDGET {
+        waited += next;
+        next *= 2;
+        retries += 1;
+    }
+    (ticks, retries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hold_lasts_for_seconds_at_every_tick_rate() {
+        assert_eq!(patience(Duration::from_millis(1)), (8, 8));
+        assert_eq!(patience(Duration::from_millis(4)), (2, 8));
+        assert_eq!(patience(Duration::from_millis(10)), (2, 7));
+    }
+}
