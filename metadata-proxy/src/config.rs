@@ -377,7 +377,7 @@ mod tests {
         let all: toml::Table = toml::from_str(&all).unwrap();
         let tables = || {
             let nested = ["upstream", "exempt", "limits", "sts"];
-            all.iter().chain(nested.iter().flat_map(|name| all[*name].as_table().unwrap()))
+            all.iter().chain(nested.into_iter().flat_map(|name| all[name].as_table().unwrap()))
         };
         let run = <Cli as clap::CommandFactory>::command().find_subcommand("run").unwrap().clone();
         for flag in run.get_arguments().filter_map(clap::Arg::get_long) {
