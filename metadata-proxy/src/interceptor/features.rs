@@ -13,7 +13,7 @@ use crate::netns;
 /// A helper function in programs of one type, and the first kernel that has it there.
 type Helper = (ProgramType, BpfHelper, &'static str, &'static str);
 
-const HELPERS: [Helper; 8] = [
+const HELPERS: [Helper; 9] = [
     (
         ProgramType::CgroupSockAddr,
         BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id,
@@ -36,6 +36,12 @@ const HELPERS: [Helper; 8] = [
         BpfHelper::BPF_FUNC_get_netns_cookie,
         "cookies of network namespaces in sock_ops programs",
         "5.15",
+    ),
+    (
+        ProgramType::TracePoint,
+        BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id,
+        "ids of a task's cgroups in trace programs",
+        "5.14",
     ),
 ];
 
