@@ -21,7 +21,7 @@ use crate::{
     cli::{LogFormat, Run},
     credentials,
     identity::{self, Kind, Template, session_tag},
-    imds::{Instance, InstanceSettings, Policy},
+    imds::{Instance, InstanceSettings, Policy, View},
     server::Limits,
 };
 
@@ -103,6 +103,7 @@ struct UpstreamTable {
     allow: Vec<String>,
     deny: Vec<String>,
     allow_user_data: bool,
+    container_labels: bool,
 }
 
 pub(crate) const BPFFS: &str = "/sys/fs/bpf";
@@ -111,13 +112,16 @@ const IMDS_ENDPOINT: &str = "http://169.254.169.254";
 
 impl Config {
     pub(crate) fn resolve(run: Run) -> Result<Self, BadConfig> {
+        let Some(path) = given_path(run.config.clone()) else { return Self::with_file(run, "", "") };
+        let file_name = path.display().to_string();
+        let text = fs::read_to_string(&path).map_err(|error| BadConfig(format!("--config {file_name}: {error}")))?;
+        Self::with_file(run, &file_name, &text)
+    }
+
+    pub(crate) fn with_file(run: Run, file_name: &str, text: &str) -> Result<Self, BadConfig> {
         // An empty variable is as good as unset: compose files pass them on so.
         let given = |value: Option<String>| value.filter(|value| !value.is_empty());
-        let given_path = |value: Option<PathBuf>| value.filter(|value| !value.as_os_str().is_empty());
-        let ((file, rules), file_name) = match given_path(run.config) {
-            Some(path) => (read(&path)?, path.display().to_string()),
-            None => Default::default(),
-        };
+        let (file, rules) = parse(file_name, text)?;
         let either = |flag: &'static str, value: Option<String>, in_file: Option<String>| match given(value) {
             Some(value) => (Some(value), format!("--{flag}")),
             None => (given(in_file), format!("{file_name}: {flag}")),
@@ -149,6 +153,7 @@ impl Config {
             session_name: session_name.map_err(|rule| BadConfig(format!("{name_origin}: {rule}")))?,
             session_tags: session_tags.map_err(|rule| BadConfig(format!("{file_name}: [session-tags]: {rule}")))?,
             require_imdsv2: run.require_imdsv2 || file.require_imdsv2,
+            container_labels: file.upstream.container_labels,
             exempt: file.exempt.containers,
             rules,
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
@@ -162,7 +167,7 @@ impl Config {
             )));
         }
         let user_data = run.allow_user_data || file.upstream.allow_user_data;
-        let policy = Policy::new(&file.upstream.allow, &file.upstream.deny, user_data)
+        let view = View::new(&file.upstream.allow, &file.upstream.deny, user_data)
             .map_err(|error| BadConfig(format!("{file_name}: [upstream]: {error}")))?;
         let upstream = if disable {
             None
@@ -172,7 +177,7 @@ impl Config {
         } else {
             let uri = imds_uri(endpoint.as_deref().unwrap_or(IMDS_ENDPOINT));
             let endpoint = uri.map_err(|reason| BadConfig(format!("{endpoint_origin} {reason}")))?;
-            Some(Upstream::Real { endpoint, policy })
+            Some(Upstream::Real { endpoint, policy: Policy::new(view) })
         };
         let (log, log_origin) = either("log", run.log, file.log);
         let log = log.unwrap_or_else(|| "info".to_owned());
@@ -252,17 +257,19 @@ impl Config {
     }
 }
 
+fn given_path(value: Option<PathBuf>) -> Option<PathBuf> {
+    value.filter(|value| !value.as_os_str().is_empty())
+}
+
 /// A value that has been given, with the place where it was.
 fn parsed<T: FromStr<Err: Display>>((value, origin): (Option<String>, String)) -> Result<Option<T>, BadConfig> {
     let value = value.map(|value| value.parse()).transpose();
     value.map_err(|error| BadConfig(format!("{origin}: {error}")))
 }
 
-fn read(path: &PathBuf) -> Result<(File, rules::Rules), BadConfig> {
-    let place = path.display();
-    let text = fs::read_to_string(path).map_err(|error| BadConfig(format!("--config {place}: {error}")))?;
+fn parse(place: &str, text: &str) -> Result<(File, rules::Rules), BadConfig> {
     let line_at = |at: usize| text.get(..at).unwrap_or_default().matches('\n').count() + 1;
-    let mut file: File = toml::from_str(&text).map_err(|error| {
+    let mut file: File = toml::from_str(text).map_err(|error| {
         let line = error.span().map_or(1, |span| line_at(span.start));
         let reason = error.message().lines().collect::<Vec<_>>().join(" ");
         BadConfig(format!("{place}:{line}: {reason}"))

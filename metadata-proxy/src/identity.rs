@@ -12,6 +12,7 @@ use std::collections::HashSet;
 use crate::{
     containers::Container,
     credentials::{DEFAULT_DURATION, RoleSession},
+    imds::View,
 };
 use options::Options;
 use rules::{Allowance, Effect, Rules};
@@ -33,6 +34,8 @@ pub(crate) struct Settings {
     /// Of all sessions.
     pub(crate) session_tags: Vec<(String, Template)>,
     pub(crate) require_imdsv2: bool,
+    /// Containers may show themselves more of the real service than others see.
+    pub(crate) container_labels: bool,
     /// Names of containers that keep the real service.
     pub(crate) exempt: HashSet<String>,
     pub(crate) rules: Rules,
@@ -49,6 +52,8 @@ pub(crate) struct Decision {
     pub(crate) verdict: Verdict,
     /// Requests without a session token are refused.
     pub(crate) require_imdsv2: bool,
+    /// What it shows and hides of the real service for itself.
+    pub(crate) view: View,
     /// In the order in which they were found; the last one decided.
     pub(crate) reasons: Vec<String>,
 }
@@ -80,14 +85,14 @@ const ROLE: Names = Names {
 
 /// The decision about a container. `home` is None until AWS has told who the daemon is.
 pub(crate) fn decide(container: &Container, settings: &Settings, home: Option<&Home>) -> Decision {
-    let mut reasons = Vec::new();
-    let mut require_imdsv2 = settings.require_imdsv2;
-    let case = Case { container, settings, home };
-    let verdict = case.judge(&mut reasons, &mut require_imdsv2).unwrap_or_else(|refusal| {
-        reasons.push(refusal);
-        Verdict::Refused
-    });
-    Decision { verdict, require_imdsv2, reasons }
+    let (view, reasons) = Default::default();
+    let require_imdsv2 = settings.require_imdsv2;
+    let mut decision = Decision { verdict: Verdict::Refused, require_imdsv2, view, reasons };
+    match (Case { container, settings, home }).judge(&mut decision) {
+        Ok(verdict) => decision.verdict = verdict,
+        Err(refusal) => decision.reasons.push(refusal),
+    }
+    decision
 }
 
 /// All places where a role is looked for, and those of options where something is.
@@ -106,16 +111,20 @@ struct Case<'a> {
 impl Case<'_> {
     /// An error is a refusal: never a reason to look further, because what somebody meant to restrict
     /// must not fall back to something that allows more.
-    fn judge(&self, reasons: &mut Vec<String>, require_imdsv2: &mut bool) -> Result<Verdict, String> {
+    fn judge(&self, decision: &mut Decision) -> Result<Verdict, String> {
         let Self { container, settings, home } = *self;
+        let Decision { require_imdsv2, view, reasons, .. } = decision;
         if settings.exempt.contains(&container.name) {
             reasons.push("exempt by its name".to_owned());
             return Ok(Verdict::Instance);
         }
         self.origin(reasons)?;
         // First, lest a container with a wrong option answer requests that it meant to refuse.
-        let mut options = Options::read(container).inspect_err(|_| *require_imdsv2 = true)?;
+        let mut options = Options::read(container)
+            .and_then(|options| options.permitted(settings.container_labels))
+            .inspect_err(|_| (*require_imdsv2, *view) = (true, View::closed()))?;
         *require_imdsv2 |= options.require_imdsv2;
+        *view = options.view.clone();
 
         let rule = match self.rule(reasons) {
             // Nothing is refused to who wants nothing.

@@ -22,7 +22,7 @@ pub(crate) use self::listing::Forward;
 use self::listing::Listing;
 use self::path::{CanonicalPath, is_version};
 use self::policy::Access;
-pub(crate) use self::policy::Policy;
+pub(crate) use self::policy::{PLAIN, Policy, PolicyError, View};
 pub(crate) use self::response::Response;
 pub(crate) use self::simulated::{Instance, Settings as InstanceSettings};
 pub(crate) use self::token::TokenKey;
@@ -37,6 +37,8 @@ pub(crate) struct Caller<'a> {
     pub(crate) role: Option<&'a str>,
     /// Whether it has to present a session token (IMDSv2 only).
     pub(crate) require_token: bool,
+    /// What it shows and hides of the real service for itself.
+    pub(crate) view: &'a View,
 }
 
 /// What to do about a request.
@@ -192,7 +194,7 @@ impl Imds {
     ) -> Option<Action> {
         let has_role = caller.role.is_some();
         let access = match &self.rest {
-            Rest::Real(policy) => policy.access(rest),
+            Rest::Real(policy) => policy.access(rest, caller.view),
             Rest::Nothing => Access::Denied,
             Rest::Simulated(instance) => return self.simulate(instance, rest, has_role, now),
         };
@@ -202,7 +204,8 @@ impl Imds {
             }
             Access::Open => None,
             Access::Filtered => {
-                Some(Listing::Entries { parent: rest.iter().map(ToString::to_string).collect(), has_role })
+                let parent = rest.iter().map(ToString::to_string).collect();
+                Some(Listing::Entries { parent, has_role, view: caller.view.clone() })
             }
         };
         Some(Action::Forward(Forward::new(path.to_target()?, listing)))

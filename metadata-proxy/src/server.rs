@@ -29,7 +29,7 @@ use crate::{
     credentials::{Failure, RoleSession, Store},
     identity::{RoleArn, Verdict},
     imds::{
-        Action, Caller, Forward, IamRequest, Imds,
+        Action, Caller, Forward, IamRequest, Imds, PLAIN,
         iam::{self, CredentialDocument, IamFailure},
         response,
     },
@@ -167,6 +167,7 @@ impl Server {
             id: &workload.container.id,
             role: standing.role_name(),
             require_token: standing.decision.require_imdsv2,
+            view: &standing.decision.view,
         };
         let routed = self.imds.route(head, &caller, now);
         let mut answer = match (routed.action, standing.role()) {
@@ -283,7 +284,7 @@ impl Server {
             info!(cgroup = flow.cgroup, pid = flow.pid, path, unsaid, "refused a process of no known container");
         }
         let id = format!("cgroup {}", flow.cgroup);
-        let caller = Caller { id: &id, role: None, require_token: self.require_imdsv2 };
+        let caller = Caller { id: &id, role: None, require_token: self.require_imdsv2, view: &PLAIN };
         match self.imds_of_strangers.route(head, &caller, now).action {
             Action::Reply(answer) => answer,
             Action::Iam(_) | Action::Forward(_) => response::not_found(now),
@@ -324,6 +325,6 @@ fn limit_of(error: &hyper::Error) -> Option<&'static str> {
 ///
 /// A body in chunks may have come with a `Content-Length` as well, which hyper then hides from us: RFC 9112, section 6.1,
 /// wants such a connection closed. No SDK sends any body.
-fn in_doubt(head: &Parts, status: StatusCode) -> bool {
+pub(crate) fn in_doubt(head: &Parts, status: StatusCode) -> bool {
     matches!(status, StatusCode::BAD_REQUEST | StatusCode::URI_TOO_LONG) || head.headers.contains_key(TRANSFER_ENCODING)
 }

@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri,
-    header::{CONTENT_TYPE, ETAG, HOST, LAST_MODIFIED, USER_AGENT},
+    header::{ACCEPT_RANGES, CONTENT_TYPE, ETAG, HOST, LAST_MODIFIED, USER_AGENT},
 };
 use http_body_util::Empty;
 use tokio::{
@@ -192,7 +192,7 @@ fn failed(uri: &Uri, source: impl Into<Source>) -> Error {
 async fn answer(uri: &Uri, exchange: Exchange, whole: bool, slot: OwnedSemaphorePermit) -> Result<Answer, Error> {
     let status = exchange.status();
     let mut headers = HeaderMap::new();
-    for name in [CONTENT_TYPE, ETAG, LAST_MODIFIED] {
+    for name in [CONTENT_TYPE, ACCEPT_RANGES, ETAG, LAST_MODIFIED] {
         if let Some(value) = exchange.headers().get(&name) {
             headers.insert(name, value.clone());
         }

@@ -107,7 +107,8 @@ impl Workloads {
     fn decide(&self, container: &Container) -> Decision {
         if self.exemptions.contains(container.cgroup) {
             let reasons = vec!["its cgroup is exempt: it keeps the real metadata service".to_owned()];
-            return Decision { verdict: Verdict::Instance, require_imdsv2: false, reasons };
+            let (require_imdsv2, view) = Default::default();
+            return Decision { verdict: Verdict::Instance, require_imdsv2, view, reasons };
         }
         let known = self.known();
         identity::decide(container, &known.settings, known.home.as_ref())

@@ -4,8 +4,9 @@ use std::{path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, TestHost},
-    stage::{Stage, daemon_options, role_arn},
+    host::{Container, ContainerSpec, DaemonOptions, TestHost},
+    stage::{STS_ENDPOINT, Stage, daemon_options, role_arn},
+    sts::{BASE_ACCESS_KEY, BASE_SECRET_KEY},
 };
 use serde_json::Value;
 
@@ -117,6 +118,31 @@ async fn settings_of_the_file_are_what_containers_see() -> Result<()> {
     ] {
         assert_eq!(identity[key], value, "{key}");
     }
+    assert_nothing_upstream(&stage);
+    Ok(())
+}
+
+/// What docker-ec2-metadata did: roles for containers on a developer's machine, assumed with a profile of the developer's.
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_are_assumed_with_the_developers_profile() -> Result<()> {
+    let host = TestHost::start().await?;
+    let (config, credentials) = (host.directory().join("aws-config"), host.directory().join("aws-credentials"));
+    std::fs::write(&config, format!("[profile dev]\nregion = eu-west-1\nendpoint_url = {STS_ENDPOINT}\n"))?;
+    let keys = |profile: &str, key: &str, secret: &str| {
+        format!("[{profile}]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+    };
+    let of_others = keys("default", "AKIAOFSOMEBODYELSE00", "wrong");
+    std::fs::write(&credentials, of_others + &keys("dev", BASE_ACCESS_KEY, BASE_SECRET_KEY))?;
+    let options = DaemonOptions::default().arg("--simulate").env("AWS_PROFILE", "dev");
+    let options = options.env("AWS_CONFIG_FILE", config.display().to_string());
+    let stage = Stage::on(host, options.env("AWS_SHARED_CREDENTIALS_FILE", credentials.display().to_string())).await?;
+    let spec = ContainerSpec::on_host("app", ["/usr/bin/sleep", "600"]).env("IAM_ROLE", &role_arn("app"));
+    let app = stage.run(spec).await?;
+    let paths = ["/latest/meta-data/iam/security-credentials/", "/latest/meta-data/iam/security-credentials/app"];
+    let answers = curl(&app, &paths).await?;
+    assert_eq!(answers[0].0, "app", "{}", stage.daemon.log()?);
+    let document: Value = serde_json::from_str(&answers[1].0)?;
+    assert_eq!(stage.role_of(document["AccessKeyId"].as_str().context("no key")?).as_deref(), Some("app"));
     assert_nothing_upstream(&stage);
     Ok(())
 }

@@ -120,6 +120,7 @@ async fn allowed_documents_come_from_the_real_service() -> Result<()> {
         assert_eq!((answer.status, answer.body.as_str()), (200, *body), "{path}");
         assert_eq!(answer.headers("content-type"), ["text/plain"], "{path}");
         assert_eq!(answer.headers("server"), ["EC2ws"], "{path}");
+        assert_eq!(answer.headers("accept-ranges"), ["none"], "{path}");
         assert_eq!(answer.headers("content-length"), [body.len().to_string()], "{path}");
         assert_eq!(answer.headers("last-modified"), ["Thu, 01 Jan 2026 00:00:00 GMT"], "{path}");
         // It is about the daemon's session with the service, not the container's with the daemon.

@@ -9,7 +9,10 @@ use super::{
     source::Names,
     template::{Kind, Template},
 };
-use crate::containers::Container;
+use crate::{
+    containers::Container,
+    imds::{PolicyError, View},
+};
 
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Options {
@@ -21,6 +24,7 @@ pub(super) struct Options {
     pub(super) session_tags: Vec<(String, Template)>,
     pub(super) source_identity: Option<String>,
     pub(super) require_imdsv2: bool,
+    pub(super) view: View,
 }
 
 /// The variables are those of lyft's metadataproxy, of a fork of iam-docker and of ec2metaproxy.
@@ -33,9 +37,23 @@ const SESSION_NAME: Names = Names { labels: &["metadata-proxy.session-name"], va
 const SESSION_TAGS: Names = Names { labels: &["metadata-proxy.session-tags"], variables: &[] };
 const SOURCE_IDENTITY: Names = Names { labels: &["metadata-proxy.source-identity"], variables: &[] };
 const REQUIRE_IMDSV2: Names = Names { labels: &["metadata-proxy.require-imdsv2"], variables: &[] };
+const ALLOW_USER_DATA: Names = Names { labels: &["metadata-proxy.allow-user-data"], variables: &[] };
+const UPSTREAM_ALLOW: Names = Names { labels: &["metadata-proxy.upstream-allow"], variables: &[] };
+const UPSTREAM_DENY: Names = Names { labels: &["metadata-proxy.upstream-deny"], variables: &[] };
 
-pub(super) const ALL: [Names; 8] =
-    [EXTERNAL_ID, POLICY, POLICY_ARNS, DURATION, SESSION_NAME, SESSION_TAGS, SOURCE_IDENTITY, REQUIRE_IMDSV2];
+pub(super) const ALL: [Names; 11] = [
+    EXTERNAL_ID,
+    POLICY,
+    POLICY_ARNS,
+    DURATION,
+    SESSION_NAME,
+    SESSION_TAGS,
+    SOURCE_IDENTITY,
+    REQUIRE_IMDSV2,
+    ALLOW_USER_DATA,
+    UPSTREAM_ALLOW,
+    UPSTREAM_DENY,
+];
 
 /// Session tags of one session.
 pub(super) const TAGS: usize = 50;
@@ -62,7 +80,20 @@ impl Options {
             session_tags: read(container, &SESSION_TAGS, session_tags)?.unwrap_or_default(),
             source_identity: read(container, &SOURCE_IDENTITY, source_identity)?,
             require_imdsv2: read(container, &REQUIRE_IMDSV2, switch)?.unwrap_or_default(),
+            view: view(container)?,
         })
+    }
+
+    /// Hiding something is everybody's own affair.
+    pub(super) fn permitted(self, container_labels: bool) -> Result<Self, String> {
+        if self.view.widens() && !container_labels {
+            let [user_data, allow] = [ALLOW_USER_DATA, UPSTREAM_ALLOW].map(|names| names.labels.join(" "));
+            return Err(format!(
+                "labels {user_data} and {allow}: the daemon's configuration does not permit them \
+                 (container-labels = true in [upstream])"
+            ));
+        }
+        Ok(self)
     }
 }
 
@@ -77,6 +108,21 @@ fn read<T>(
         format!("{source} {quoted:?}: {rule}")
     })?;
     Ok(Some(parsed))
+}
+
+/// Each pattern is checked by itself, so that a mistake is told with its label.
+fn view(container: &Container) -> Result<View, String> {
+    let patterns = |names, as_view: fn(&[String]) -> Result<View, PolicyError>| {
+        let check = |text: &str| {
+            let patterns: Vec<String> = list(text).map(str::to_owned).collect();
+            as_view(&patterns).map(|_| patterns).map_err(|error| error.to_string())
+        };
+        read(container, names, check).map(Option::unwrap_or_default)
+    };
+    let user_data = read(container, &ALLOW_USER_DATA, switch)?.unwrap_or_default();
+    let allow = patterns(&UPSTREAM_ALLOW, |allow| View::new(allow, &[], false))?;
+    let deny = patterns(&UPSTREAM_DENY, |deny| View::new(&[], deny, false))?;
+    View::new(&allow, &deny, user_data).map_err(|error| error.to_string())
 }
 
 fn in_name(c: char) -> bool {
@@ -260,11 +306,15 @@ mod tests {
             ("session-tags", "a=(x)", "the character '('"),
             ("source-identity", "x", "2 to 64"),
             ("require-imdsv2", "perhaps", "true or false"),
+            ("allow-user-data", "yes", "true or false"),
+            ("upstream-allow", "meta-data/iam", "holds credentials of the host"),
+            ("upstream-allow", "meta-data/tags,nothing", "`nothing` matches nothing"),
+            ("upstream-deny", "/meta-data", "begins with `/`"),
         ] {
             let label = format!("metadata-proxy.{option}");
             let error = options(&[(&label, value)], &[]).unwrap_err();
             assert!(error.starts_with(&format!("label {label} ")) && error.contains(rule), "{error}");
-            assert!(error.len() < 400, "{error}");
+            assert!(error.len() < 600, "{error}");
         }
     }
 

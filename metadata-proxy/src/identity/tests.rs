@@ -35,6 +35,7 @@ pub(super) fn settings(default: Option<&str>) -> Settings {
         session_name: Template::parse(Kind::SessionName, SESSION_NAME).unwrap(),
         session_tags: Vec::new(),
         require_imdsv2: false,
+        container_labels: false,
         exempt: HashSet::new(),
         rules: Rules::default(),
         host: "host-1".to_owned(),

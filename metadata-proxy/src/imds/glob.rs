@@ -18,7 +18,7 @@ pub(crate) enum GlobError {
     BadSegment,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Pattern {
     segments: Vec<String>,
     subtree: bool,
@@ -29,6 +29,10 @@ impl Pattern {
     pub(super) fn known(text: &str) -> Self {
         let subtree = text.strip_suffix("/**");
         Self { segments: subtree.unwrap_or(text).split('/').map(Into::into).collect(), subtree: subtree.is_some() }
+    }
+
+    pub(super) fn everything() -> Self {
+        Self { segments: Vec::new(), subtree: true }
     }
 
     /// A pattern of the operator. It always includes what is below: whoever denies a directory means its contents.

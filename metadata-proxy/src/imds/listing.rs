@@ -4,7 +4,7 @@
 //! names what would then be denied.
 
 use super::path::{is_name, is_version};
-use super::policy::{Access, Policy};
+use super::policy::{Access, Policy, View};
 
 /// The versions that the real service lists. Every other date is answered as well.
 pub(super) const VERSIONS: &str = "1.0\n2007-01-19\n2007-03-01\n2007-08-29\n2007-10-10\n2007-12-15\n2008-02-01\n\
@@ -25,7 +25,7 @@ pub(crate) struct Forward {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Listing {
     Versions,
-    Entries { parent: Vec<String>, has_role: bool },
+    Entries { parent: Vec<String>, has_role: bool, view: View },
 }
 
 impl Forward {
@@ -49,9 +49,9 @@ impl Forward {
         let kept: Vec<_> = match &self.listing {
             None => return body.to_owned(),
             Some(Listing::Versions) => entries.filter(|entry| is_version(name_of(entry))).collect(),
-            Some(Listing::Entries { parent, has_role }) => {
+            Some(Listing::Entries { parent, has_role, view }) => {
                 let parent: Vec<_> = parent.iter().map(String::as_str).collect();
-                let shown = entries.filter(|entry| is_shown(policy, &parent, entry));
+                let shown = entries.filter(|entry| is_shown(policy, view, &parent, entry));
                 with_own_entry(shown.collect(), own_entry(&parent, *has_role))
             }
         };
@@ -77,13 +77,13 @@ fn own_entry(directory: &[&str], has_role: bool) -> Option<&'static str> {
     }
 }
 
-fn is_shown(policy: &Policy, parent: &[&str], entry: &str) -> bool {
+fn is_shown(policy: &Policy, view: &View, parent: &[&str], entry: &str) -> bool {
     let name = match (parent, entry.split_once('=')) {
         // Listed as `0=name-of-the-key`, asked for as `0/`.
         (["meta-data", "public-keys"], Some((number, _))) => number,
         _ => name_of(entry),
     };
-    is_name(name) && policy.access(&[parent, &[name]].concat()) != Access::Denied
+    is_name(name) && policy.access(&[parent, &[name]].concat(), view) != Access::Denied
 }
 
 /// Listings are sorted, and the entry takes its place in that order.
@@ -107,11 +107,12 @@ mod tests {
 
     fn filter(policy: &Policy, parent: &[&str], has_role: bool, body: &str) -> String {
         let parent = parent.iter().map(ToString::to_string).collect();
-        Forward::new("/".into(), Some(Listing::Entries { parent, has_role })).filter(policy, body)
+        let view = View::default();
+        Forward::new("/".into(), Some(Listing::Entries { parent, has_role, view })).filter(policy, body)
     }
 
     fn default_policy() -> Policy {
-        Policy::new(&[], &[], false).unwrap()
+        Policy::new(View::default())
     }
 
     const META_DATA: &str = "ami-id\nami-manifest-path\nblock-device-mapping/\nevents/\nhostname\niam/\niam-ecs-agent/\n\
@@ -147,7 +148,7 @@ mod tests {
     fn top_levels_are_filtered() {
         let latest = "dynamic\nmeta-data\nuser-data";
         assert_eq!(filter(&default_policy(), &[], true, latest), "dynamic\nmeta-data");
-        let with_user_data = Policy::new(&[], &[], true).unwrap();
+        let with_user_data = Policy::new(View::new(&[], &[], true).unwrap());
         assert_eq!(filter(&with_user_data, &[], true, latest), latest);
         assert_eq!(filter(&default_policy(), &[], true, "dynamic\nuser-data"), "dynamic\nmeta-data");
 
@@ -157,8 +158,8 @@ mod tests {
 
     #[test]
     fn numbered_keys_are_shown_by_their_number() {
-        let policy =
-            Policy::new(&["meta-data/public-keys".into()], &["meta-data/public-keys/1".into()], false).unwrap();
+        let view = View::new(&["meta-data/public-keys".into()], &["meta-data/public-keys/1".into()], false);
+        let policy = Policy::new(view.unwrap());
         let parent = ["meta-data", "public-keys"];
         assert_eq!(filter(&policy, &parent, true, "0=my key\n1=other"), "0=my key");
     }

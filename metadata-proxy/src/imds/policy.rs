@@ -95,35 +95,29 @@ pub(super) enum Access {
     Filtered,
 }
 
-/// The rules of this program together with those of the operator.
-#[derive(Debug)]
-pub(crate) struct Policy {
-    never: Vec<Pattern>,
-    allowed: Vec<Pattern>,
-    optional: Vec<Pattern>,
+/// What somebody shows of what is hidden by default, and hides of what is shown: the operator to all containers, or a
+/// container to itself. What anybody hides is hidden.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(crate) struct View {
     opted_in: Vec<Pattern>,
     denied: Vec<Pattern>,
 }
 
-impl Policy {
+/// Who has no wishes.
+pub(crate) static PLAIN: View = View { opted_in: Vec::new(), denied: Vec::new() };
+
+impl View {
     /// Path patterns in `allow` opt in to what is denied by default, `user_data` to the user data; `deny` takes away, and
     /// wins.
     pub(crate) fn new(allow: &[String], deny: &[String], user_data: bool) -> Result<Self, PolicyError> {
-        let known = |texts: &[&str]| texts.iter().copied().map(Pattern::known).collect();
-        let mut policy = Self {
-            never: known(NEVER),
-            allowed: known(ALLOWED),
-            optional: known(OPTIONAL),
-            opted_in: Vec::new(),
-            denied: Vec::new(),
-        };
+        let mut view = Self::default();
         if user_data {
-            policy.opted_in.push(Pattern::known(USER_DATA));
+            view.opted_in.push(Pattern::known(USER_DATA));
         }
         for text in allow {
             let pattern = of_operator("allow", text, text)?;
-            policy.check_allow(&pattern, text)?;
-            policy.opted_in.push(pattern);
+            check_allow(&pattern, text)?;
+            view.opted_in.push(pattern);
         }
         let top: Vec<_> = known(TOP);
         for text in deny {
@@ -133,44 +127,73 @@ impl Policy {
                 let pattern = text.clone();
                 return Err(PolicyError::NothingToDeny { pattern });
             }
-            policy.denied.push(pattern);
+            view.denied.push(pattern);
         }
-        Ok(policy)
+        Ok(view)
     }
 
-    /// Decides on a path below the version, in canonical segments.
+    /// Nothing at all.
+    pub(crate) fn closed() -> Self {
+        Self { opted_in: Vec::new(), denied: vec![Pattern::everything()] }
+    }
+
+    /// Whether it shows more than the default does.
+    pub(crate) fn widens(&self) -> bool {
+        !self.opted_in.is_empty()
+    }
+}
+
+/// The rules of this program together with those of the operator.
+#[derive(Debug)]
+pub(crate) struct Policy {
+    never: Vec<Pattern>,
+    allowed: Vec<Pattern>,
+    optional: Vec<Pattern>,
+    operator: View,
+}
+
+impl Policy {
+    pub(crate) fn new(operator: View) -> Self {
+        Self { never: known(NEVER), allowed: known(ALLOWED), optional: known(OPTIONAL), operator }
+    }
+
+    /// Decides on a path below the version, in canonical segments, for somebody with wishes of its own.
     ///
     /// `never` is a second lock: the lists of what can be shown do not hold any of it either.
-    pub(super) fn access(&self, path: &[&str]) -> Access {
+    pub(super) fn access(&self, path: &[&str], own: &View) -> Access {
+        let views = [&self.operator, own];
         // Upstream might be less exact about case than the real service. What is denied is denied in every spelling.
         let lowered: Vec<_> = path.iter().map(|name| name.to_ascii_lowercase()).collect();
         let lowered: Vec<_> = lowered.iter().map(String::as_str).collect();
-        if any_covers(&self.never, &lowered) || any_covers(&self.denied, &lowered) {
+        if any_covers(&self.never, &lowered) || views.iter().any(|view| any_covers(&view.denied, &lowered)) {
             return Access::Denied;
         }
-        let opted_in = any_covers(&self.optional, path) && any_covers(&self.opted_in, path);
+        let opted_in = any_covers(&self.optional, path) && views.iter().any(|view| any_covers(&view.opted_in, path));
         if any_covers(&self.allowed, path) || opted_in {
-            let partly_denied = any_below(&self.denied, &lowered);
+            let partly_denied = views.iter().any(|view| any_below(&view.denied, &lowered));
             return if partly_denied { Access::Filtered } else { Access::Open };
         }
         let leads_to = |patterns: &[_]| any_covers(patterns, path) || any_below(patterns, path);
-        if any_below(&self.allowed, path) || (leads_to(&self.optional) && leads_to(&self.opted_in)) {
+        let leads_to_opted_in = leads_to(&self.optional) && views.iter().any(|view| leads_to(&view.opted_in));
+        if any_below(&self.allowed, path) || leads_to_opted_in {
             return Access::Filtered;
         }
         Access::Denied
     }
+}
 
-    fn check_allow(&self, pattern: &Pattern, text: &str) -> Result<(), PolicyError> {
-        let pattern_text = || text.to_owned();
-        if any_covers(&self.never, &pattern.segments()) {
-            return Err(PolicyError::Never { pattern: pattern_text() });
-        }
-        let mut known = self.optional.iter().chain(&self.allowed);
-        if !known.any(|known| known.overlaps(pattern)) {
-            return Err(PolicyError::NothingToAllow { pattern: pattern_text() });
-        }
-        Ok(())
+fn known(texts: &[&str]) -> Vec<Pattern> {
+    texts.iter().copied().map(Pattern::known).collect()
+}
+
+fn check_allow(pattern: &Pattern, text: &str) -> Result<(), PolicyError> {
+    if any_covers(&known(NEVER), &pattern.segments()) {
+        return Err(PolicyError::Never { pattern: text.to_owned() });
     }
+    if !known(OPTIONAL).iter().chain(&known(ALLOWED)).any(|known| known.overlaps(pattern)) {
+        return Err(PolicyError::NothingToAllow { pattern: text.to_owned() });
+    }
+    Ok(())
 }
 
 fn of_operator(list: &'static str, text: &str, spelling: &str) -> Result<Pattern, PolicyError> {
@@ -191,12 +214,12 @@ mod tests {
 
     fn policy(allow: &[&str], deny: &[&str]) -> Result<Policy, PolicyError> {
         let owned = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
-        Policy::new(&owned(allow), &owned(deny), false)
+        View::new(&owned(allow), &owned(deny), false).map(Policy::new)
     }
 
     fn access(policy: &Policy, path: &str) -> Access {
         let segments: Vec<_> = path.split('/').filter(|name| !name.is_empty()).collect();
-        policy.access(&segments)
+        policy.access(&segments, &PLAIN)
     }
 
     #[track_caller]
@@ -278,7 +301,7 @@ mod tests {
 
     #[test]
     fn user_data_is_a_switch_of_its_own() {
-        let policy = Policy::new(&[], &[], true).unwrap();
+        let policy = Policy::new(View::new(&[], &[], true).unwrap());
         assert_access(&policy, Access::Open, &["user-data"]);
         assert_access(&policy, Access::Denied, &["meta-data/tags", "user-data/x"]);
     }
@@ -320,6 +343,28 @@ mod tests {
         );
         assert_access(&policy, Access::Filtered, &["meta-data/placement", "meta-data/tags/instance"]);
         assert_access(&policy, Access::Open, &["meta-data/placement/group-name"]);
+    }
+
+    #[test]
+    fn a_container_opts_in_for_itself_and_never_beyond_the_operators_denial() {
+        let policy = policy(&[], &["meta-data/tags/instance/secret"]).unwrap();
+        let own = View::new(&["meta-data/tags".into()], &["meta-data/placement".into()], true).unwrap();
+        let access = |path: &str| policy.access(&path.split('/').collect::<Vec<_>>(), &own);
+        for (path, expected) in [
+            ("user-data", Access::Open),
+            ("meta-data/tags/instance/Name", Access::Open),
+            ("meta-data/tags/instance", Access::Filtered),
+            ("meta-data/tags/instance/secret", Access::Denied),
+            ("meta-data/placement/region", Access::Denied),
+            ("meta-data/public-keys", Access::Denied),
+            ("meta-data/iam/info", Access::Denied),
+        ] {
+            assert_eq!(access(path), expected, "{path}");
+        }
+        assert!(own.widens() && !View::new(&[], &["meta-data/mac".into()], false).unwrap().widens());
+        for path in [&[][..], &["meta-data"], &["meta-data", "mac"], &["dynamic"]] {
+            assert_eq!(policy.access(path, &View::closed()), Access::Denied, "{path:?}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::*;
 const TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 const TOKEN: &str = "x-aws-ec2-metadata-token";
 
-const CALLER: Caller<'static> = Caller { id: "c0ffee", role: Some("app-1"), require_token: false };
+const CALLER: Caller<'static> = Caller { id: "c0ffee", role: Some("app-1"), require_token: false, view: &PLAIN };
 
 const NO_ROLE: Caller<'static> = Caller { role: None, ..CALLER };
 
@@ -19,13 +19,13 @@ fn now() -> Timestamp {
 }
 
 fn imds() -> Imds {
-    let policy = Policy::new(&[], &[], false).unwrap();
+    let policy = Policy::new(View::default());
     Imds::new(TokenKey::new(&[7; 32]), Rest::Real(policy), now())
 }
 
 /// As generous as an operator can be.
 fn open_imds() -> Imds {
-    let policy = Policy::new(&["**".into()], &[], true).unwrap();
+    let policy = Policy::new(View::new(&["**".into()], &[], true).unwrap());
     Imds::new(TokenKey::new(&[7; 32]), Rest::Real(policy), now())
 }
 
@@ -141,7 +141,7 @@ fn without_upstream_only_the_way_to_iam_is_there() {
 
 #[test]
 fn a_wholly_denied_tree_still_leads_to_iam() {
-    let policy = Policy::new(&[], &["**".into()], false).unwrap();
+    let policy = Policy::new(View::new(&[], &["**".into()], false).unwrap());
     let imds = Imds::new(TokenKey::new(&[7; 32]), Rest::Real(policy), now());
     assert_eq!(get(&imds, &CALLER, "/latest/"), "meta-data");
     assert_eq!(get(&imds, &CALLER, "/latest/meta-data/"), "iam/");
