@@ -11,6 +11,8 @@ mod config;
 mod containers;
 mod credentials;
 mod exemptions;
+#[doc(hidden)]
+pub mod fuzz;
 mod identity;
 mod imds;
 mod interceptor;

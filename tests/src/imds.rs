@@ -70,6 +70,8 @@ impl Request {
     }
 }
 
+pub use self::state::canonical;
+
 /// A running stand-in; dropping it ends it.
 #[derive(Debug)]
 pub struct Imds {

@@ -9,6 +9,7 @@ mod archive;
 mod bpf;
 mod clients;
 mod docker;
+mod fuzz;
 mod kernel;
 mod qemu;
 
@@ -22,6 +23,7 @@ use anyhow::{Context as _, bail};
 pub(crate) use self::bpf::{bpf_linker, bpf_toolchain};
 pub(crate) use self::clients::{cloud_init, js_clients, python_clients};
 pub(crate) use self::docker::docker_engine;
+pub(crate) use self::fuzz::{cargo_fuzz, cpp_toolchain};
 pub(crate) use self::kernel::{Kernel, kernel};
 pub(crate) use self::qemu::{CERTIFICATES, QEMU, qemu};
 

@@ -1,6 +1,7 @@
 //! `cargo xtask`: builds, runs, shows and tests metadata-proxy, and installs what that needs.
 
 mod build;
+mod fuzz;
 mod install;
 mod test;
 mod vm;
@@ -43,6 +44,8 @@ enum Task {
     SimulateFleet,
     /// Try every way around the interception, and print what came of each
     Bypass,
+    /// Try inputs that nobody has thought of, guided by coverage, and print how many
+    Fuzz(fuzz::Options),
     /// Run all tests: unit, privileged, end to end
     Test {
         /// Only the tests whose name contains this
@@ -70,6 +73,7 @@ fn main() -> anyhow::Result<()> {
         Task::Bench => test::bench(),
         Task::SimulateFleet => test::simulate_fleet(),
         Task::Bypass => test::show("bypass"),
+        Task::Fuzz(options) => fuzz::all(&options),
         Task::Test { filter } => test::all(filter.as_deref()),
         Task::Vm(options) => vm::run_all(&options),
         Task::Lint => test::lint(),

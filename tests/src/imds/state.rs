@@ -148,7 +148,7 @@ pub(super) fn respond(status: StatusCode, body: String) -> Reply {
 }
 
 /// Follows every disguise of a path to the document that somebody could have meant.
-fn canonical(path: &str) -> String {
+pub fn canonical(path: &str) -> String {
     let decoded = percent_decode(&percent_decode(path)).replace('\\', "/");
     let mut segments = Vec::new();
     for segment in decoded.split('/') {
