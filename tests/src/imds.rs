@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, StatusCode, header};
 use hyper::body::Incoming;
+use jiff::Timestamp;
 
 use self::state::State;
 use crate::sts::server::{Answer, Closed, Connections, Server};
@@ -114,6 +115,11 @@ impl Imds {
     /// Accepts IMDSv2 only, as an instance with `HttpTokens=required`.
     pub fn require_token(&self, require: bool) {
         lock(&self.state).require_token = require;
+    }
+
+    /// Gives the host's role this access key, valid until then, as the real service replaces it ahead of its end.
+    pub fn set_host_key(&self, access_key: &str, end: Timestamp) {
+        lock(&self.state).host_key = Some((access_key.to_owned(), end));
     }
 
     /// From now on every request goes wrong like this; `None` ends it.

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
 use metadata_proxy_tests::{
     host::{Container, ContainerSpec, DaemonOptions, TestHost},
+    imds::HOST_IDENTITY,
     stage::{STS_ENDPOINT, Stage, role_arn, start_imds, start_sts},
     sts::{BASE_IDENTITY, BASE_SECRET_KEY, Call, Fault},
 };
@@ -366,4 +367,35 @@ async fn a_source_credential_that_is_replaced_in_its_profile_is_taken_without_a_
     let call = calls.iter().rev().find(|call| call.action == "AssumeRole").context("no call")?;
     ensure!(call.access_key.as_deref() == Some("AKIANEW"), "{call:?}");
     stage.assert_no_leak()
+}
+
+/// As those of an instance role, every few hours.
+#[tokio::test(flavor = "multi_thread")]
+async fn source_credentials_of_the_instance_role_are_replaced_before_they_end() -> Result<()> {
+    const OLD: &str = "ASIAHOSTSECRET000007";
+    const NEW: &str = "ASIAHOSTSECRET000008";
+    let host = TestHost::start().await?;
+    let (imds, sts) = (start_imds(&host)?, start_sts(&host)?);
+    for key in [OLD, NEW] {
+        sts.add_identity(key, HOST_IDENTITY);
+    }
+    let end = Timestamp::now() + Duration::from_secs(20);
+    imds.set_host_key(OLD, end);
+    let options = DaemonOptions::default().env("AWS_ENDPOINT_URL_STS", STS_ENDPOINT).env("AWS_REGION", "eu-west-1");
+    let mut daemon = host.daemon(options)?;
+    daemon.wait_ready(Duration::from_secs(20)).await?;
+    let stage = Stage { daemon, sts, imds, host };
+    let first = idle(&stage, "first", "first").await?;
+    ask_until(&first, "", 200, Duration::from_secs(10)).await?;
+    let signer = |role: &str| only_call(&stage, role).map(|call| call.access_key);
+    ensure!(signer("first")?.as_deref() == Some(OLD), "{:?}", signer("first"));
+
+    stage.imds.set_host_key(NEW, end + Duration::from_secs(6 * 3600));
+    sleep(Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default()).await;
+    stage.sts.remove_identity(OLD);
+    let second = idle(&stage, "second", "second").await?;
+    ask_until(&second, "", 200, Duration::from_secs(10)).await?;
+    ensure!(signer("second")?.as_deref() == Some(NEW), "{:?}", signer("second"));
+    ensure!(ask(&first, "first").await?.status == 200, "what was fetched is no longer served");
+    Ok(())
 }

@@ -28,7 +28,7 @@ pub(crate) fn bench() -> anyhow::Result<()> {
 pub(crate) fn simulate_fleet() -> anyhow::Result<()> {
     build::ebpf()?;
     install::c_toolchain()?;
-    run(cargo().args(["test", "--quiet", "--package", "metadata-proxy", "--bin", "metadata-proxy", "--"]).args([
+    run(cargo().args(["test", "--quiet", "--package", "metadata-proxy", "--lib", "--"]).args([
         "--ignored",
         "--exact",
         "--nocapture",

@@ -9,7 +9,7 @@ use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use http_body_util::Full;
 use jiff::Timestamp;
 
-use super::{Fault, HOST_ACCESS_KEY_PREFIX, Request, tree};
+use super::{Fault, HOST_ACCESS_KEY_PREFIX, HOST_ROLE, Request, tree};
 use crate::sts::roles::{base32, noise};
 use crate::sts::wire::percent_decode;
 
@@ -44,6 +44,8 @@ pub(super) struct State {
     tokens: Vec<(String, Instant)>,
     pub(super) require_token: bool,
     pub(super) fault: Option<Fault>,
+    /// Instead of [`HOST_ACCESS_KEY`](super::HOST_ACCESS_KEY), and until when it is valid.
+    pub(super) host_key: Option<(String, Timestamp)>,
 }
 
 impl State {
@@ -83,7 +85,13 @@ impl State {
             Ok(left) => left,
             Err(()) => return respond(StatusCode::UNAUTHORIZED, String::new()),
         };
-        let mut reply = match (&head.method, tree::find(&path, Timestamp::now())) {
+        let mut document = tree::find(&path, Timestamp::now());
+        if let Some((key, end)) = &self.host_key
+            && path.ends_with(&format!("/iam/security-credentials/{HOST_ROLE}"))
+        {
+            document = Some(tree::credentials(key, Timestamp::now(), *end));
+        }
+        let mut reply = match (&head.method, document) {
             (&Method::GET | &Method::HEAD, Some(document)) => respond(StatusCode::OK, document),
             (&Method::GET | &Method::HEAD, None) => {
                 let mut reply = respond(StatusCode::NOT_FOUND, NOT_FOUND.to_owned());

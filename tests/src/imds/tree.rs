@@ -142,13 +142,14 @@ fn documents(now: Timestamp) -> BTreeMap<String, String> {
     }
     let secret = |number: u32| format!("{HOST_ACCESS_KEY_PREFIX}{number:06}");
     let written = time(now);
+    let end = now.saturating_add(SignedDuration::from_hours(6)).unwrap_or(now);
     for (path, document) in [
         ("meta-data/iam/info".to_owned(), info(&written)),
-        (format!("meta-data/iam/security-credentials/{HOST_ROLE}"), credentials(HOST_ACCESS_KEY, now)),
+        (format!("meta-data/iam/security-credentials/{HOST_ROLE}"), credentials(HOST_ACCESS_KEY, now, end)),
         ("meta-data/iam-ecs-0123456789abcdef/info".to_owned(), info(&written)),
         (
             "meta-data/iam-ecs-0123456789abcdef/security-credentials/simulated-task-role".to_owned(),
-            credentials(&secret(2), now),
+            credentials(&secret(2), now, end),
         ),
         (
             "meta-data/identity-credentials/ec2/info".to_owned(),
@@ -158,7 +159,7 @@ fn documents(now: Timestamp) -> BTreeMap<String, String> {
         ),
         (
             "meta-data/identity-credentials/ec2/security-credentials/ec2-instance".to_owned(),
-            credentials(&secret(3), now),
+            credentials(&secret(3), now, end),
         ),
         ("dynamic/fws/instance-monitoring".to_owned(), "disabled".to_owned()),
         ("dynamic/instance-identity/document".to_owned(), identity(&written)),
@@ -172,9 +173,8 @@ fn documents(now: Timestamp) -> BTreeMap<String, String> {
     documents
 }
 
-fn credentials(access_key: &str, now: Timestamp) -> String {
-    let expiration = time(now.saturating_add(SignedDuration::from_hours(6)).unwrap_or(now));
-    let written = time(now);
+pub(super) fn credentials(access_key: &str, now: Timestamp, end: Timestamp) -> String {
+    let (written, expiration) = (time(now), time(end));
     format!(
         "{{\n  \"Code\" : \"Success\",\n  \"LastUpdated\" : \"{written}\",\n  \"Type\" : \"AWS-HMAC\",\n  \
          \"AccessKeyId\" : \"{access_key}\",\n  \"SecretAccessKey\" : \"SIMULATED-HOST-SECRET/must/not/leak/0000\",\n  \
