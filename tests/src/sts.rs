@@ -5,6 +5,7 @@
 //! Signatures are not verified, session tokens are.
 
 pub(crate) mod roles;
+mod s3;
 pub(crate) mod server;
 mod state;
 pub(crate) mod wire;
@@ -176,7 +177,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Answer {
     let (head, body) = request.into_parts();
     let body = body.collect().await.map_err(|_broken| Closed)?.to_bytes();
-    let (call, fault) = lock(&state).record(&head.headers, &body);
+    let (call, fault) = lock(&state).record(&head, &body);
     match fault {
         Some(Fault::Hang) => std::future::pending().await,
         Some(Fault::Delay(delay)) => {

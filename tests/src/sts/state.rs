@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::request::Parts;
 use http::{HeaderMap, Response, StatusCode, header};
 use http_body_util::Full;
 use jiff::Timestamp;
 
 use super::roles::{self, AssumeRole, Issued};
 use super::wire::{self, Refusal};
-use super::{Call, Fault, Outcome};
+use super::{Call, Fault, Outcome, s3};
 
 #[derive(Debug, Default)]
 pub(super) struct State {
@@ -27,8 +28,17 @@ pub(super) struct State {
 
 impl State {
     /// Records a call before anything can go wrong with it, and finds out what is to go wrong.
-    pub(super) fn record(&mut self, headers: &HeaderMap, body: &Bytes) -> (Call, Option<Fault>) {
-        let mut parameters = wire::form(body);
+    pub(super) fn record(&mut self, head: &Parts, body: &Bytes) -> (Call, Option<Fault>) {
+        let (headers, mut parameters) = (&head.headers, wire::form(body));
+        let path = head.uri.path();
+        if s3::is_one(&head.method, path) {
+            parameters =
+                [("Action".to_owned(), format!("s3:{}", head.method)), ("Key".to_owned(), path.to_owned())].into();
+            parameters.extend(wire::form(head.uri.query().unwrap_or_default().as_bytes()));
+        } else if let Some(query) = head.uri.query() {
+            // As signers without a body send it.
+            parameters.extend(wire::form(query.as_bytes()));
+        }
         let user_agent = headers.get(header::USER_AGENT).map(header::HeaderValue::as_bytes).unwrap_or_default();
         self.serial += 1;
         let call = Call {
@@ -60,8 +70,20 @@ impl State {
             // The caller has seen to these: they are about when to answer, not what.
             Some(Fault::Delay(_) | Fault::Hang) | None => self.perform(call, headers),
         };
+        let is_s3 = call.action.starts_with("s3:");
         let request_id = format!("00000000-0000-4000-8000-{:012x}", call.number);
         let (outcome, response) = match result {
+            Ok((Outcome::Identified(arn), _)) if is_s3 => {
+                let key = call.access_key.as_deref().unwrap_or_default();
+                let asks = |what| call.parameters.contains_key(what);
+                let object = match (asks("location"), asks("prefix")) {
+                    (true, _) => s3::location(),
+                    (_, true) => s3::list(&arn, key),
+                    _ => s3::object(&arn, key),
+                };
+                (Outcome::Identified(arn), object)
+            }
+            Err(refusal) if is_s3 => (Outcome::Refused(refusal.code), s3::refuse(&refusal)),
             Ok((outcome, xml)) => (outcome, wire::answer(&call.action, &xml, &request_id)),
             Err(refusal) => (Outcome::Refused(refusal.code), wire::refuse(&refusal, &request_id)),
         };
@@ -83,7 +105,9 @@ impl State {
                 self.issued.insert(key.clone(), issued);
                 Ok((Outcome::Issued(key), xml))
             }
-            "GetCallerIdentity" => Ok((Outcome::Identified(caller.clone()), roles::identity_xml(&caller))),
+            "GetCallerIdentity" | "s3:GET" | "s3:HEAD" => {
+                Ok((Outcome::Identified(caller.clone()), roles::identity_xml(&caller)))
+            }
             action => {
                 let version = call.parameters.get("Version").map(String::as_str).unwrap_or_default();
                 let message = format!("Could not find operation {action} for version {version}");
