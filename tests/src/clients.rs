@@ -1,27 +1,59 @@
 //! The real AWS clients: how each is started inside a container, and what it reports.
 //!
-//! They run over a read-only view of the host's `/usr`, so an image needs nothing but somewhere to
-//! bind it. None is told where the metadata service is: that they find our answers is the point.
-//! **So none may ever run where `169.254.169.254` could be somebody's real metadata service.**
+//! They run over a read-only view of the host's `/usr`, or over a root file system that xtask has made of Debian's packages. None is told where
+//! the metadata service is: that they find our answers is the point. **So none may ever run where `169.254.169.254` could be somebody's real
+//! metadata service.**
+
+mod list;
+pub mod recording;
+mod report;
+pub mod scenarios;
+mod sniffer;
+pub mod table;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use serde::Deserialize;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Client {
-    Boto3,
-    AwsCli,
-    /// The AWS SDK for JavaScript v3.
-    Js,
-    /// The AWS SDK for Rust.
-    AwsConfig,
+pub use self::report::{Attempt, ClientReport};
+
+/// A program that finds credentials by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Client {
+    pub name: &'static str,
+    /// What it is called by those who use it.
+    pub title: &'static str,
+    /// In braces: a folder of [`Programs`], or where the scripts are.
+    words: &'static [&'static str],
+    over: Over,
+    pub life: Life,
+}
+
+/// What its container is started over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Over {
+    Machine,
+    /// The root file system among the further clients.
+    Root,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Run anew for each request.
+    Short,
+    /// Keeps credentials until their end comes near, and then asks again.
+    Long,
+    /// The same, but it goes on for minutes with what is near its end or past it, so its clock is made to run fast.
+    LongByClock,
+    /// The same, but it trusts its own clock about session tokens: when one is refused it asks for no other.
+    LongTrusting,
+    /// Keeps credentials in a way that the tests' short lives of minutes cannot follow; how, is told.
+    TooLong(&'static str),
 }
 
 /// Where the clients were installed; xtask knows.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Programs {
     /// The virtual environment with boto3, the AWS CLI and moto.
     pub python: PathBuf,
@@ -29,38 +61,35 @@ pub struct Programs {
     pub js: PathBuf,
     /// The `aws-config-client` program of this package.
     pub aws_config: PathBuf,
+    /// What the clients need that are not in [`Client::ALL`]; empty where those are not to run.
+    pub further: PathBuf,
 }
 
 /// How to start one client in a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invocation {
     pub argv: Vec<String>,
-    /// To be bound read-only, each at its own path, beside the host's `/usr`.
+    /// To be bound read-only, each at its own path.
     pub read_only: Vec<PathBuf>,
     /// `KEY=VALUE`.
     pub env: Vec<String>,
+    /// Instead of the host's file system.
+    pub root: Option<PathBuf>,
 }
 
-/// The one line that each client prints.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-pub struct ClientReport {
-    pub client: String,
-    pub version: String,
-    pub attempts: Vec<Attempt>,
-    /// What STS says about the credentials, if the client was to ask and got any.
-    pub identity: Option<String>,
-    pub identity_error: Option<String>,
+/// How long a client is to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loads {
+    /// So many loads of credentials, each by a provider that remembers nothing.
+    Fresh(u32),
+    /// One provider is asked again and again until the container ends, and what changes is told.
+    Watch,
 }
 
-/// One load of credentials by a provider that remembers nothing.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-pub struct Attempt {
-    pub access_key: Option<String>,
-    /// How long the load took; for the AWS CLI with the start of the program.
-    pub ms: f64,
-    /// Only boto3 tells.
-    pub role_name: Option<String>,
-    pub error: Option<String>,
+impl From<u32> for Loads {
+    fn from(loads: u32) -> Self {
+        Self::Fresh(loads)
+    }
 }
 
 impl Programs {
@@ -74,6 +103,7 @@ impl Programs {
             python: folder("METADATA_PROXY_PYTHON_CLIENTS")?,
             js: folder("METADATA_PROXY_JS_CLIENTS")?,
             aws_config: aws_config_client.into(),
+            further: std::env::var_os("METADATA_PROXY_FURTHER_CLIENTS").map(PathBuf::from).unwrap_or_default(),
         })
     }
 
@@ -89,92 +119,85 @@ impl Programs {
         let (host, port) = (address.ip().to_string(), address.port().to_string());
         [server, "-H".to_owned(), host, "-p".to_owned(), port].into()
     }
+
+    /// The library that shortens the clock of a host process.
+    pub(crate) fn faketime(&self) -> String {
+        format!("{}/clock/usr/$LIB/faketime/libfaketimeMT.so.1", self.further.display())
+    }
 }
 
 impl Client {
-    pub const ALL: [Self; 4] = [Self::Boto3, Self::AwsCli, Self::Js, Self::AwsConfig];
+    /// Those that need nothing but the folders of Python and JavaScript; they run over the machine's `/usr`.
+    pub const ALL: [Self; 4] = [Self::BOTO3, Self::AWS_CLI, Self::JS, Self::AWS_CONFIG];
 
-    /// As it is called in its own report.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Boto3 => "boto3",
-            Self::AwsCli => "aws-cli",
-            Self::Js => "js",
-            Self::AwsConfig => "aws-config",
-        }
+    pub fn find(name: &str) -> anyhow::Result<Self> {
+        let every: Vec<Self> = Self::every().collect();
+        let names = || every.iter().map(|client| client.name).collect::<Vec<_>>().join(", ");
+        let found = every.iter().find(|client| client.name == name).copied();
+        found.with_context(|| format!("there is no client {name}, but: {}", names()))
     }
 
-    /// Loads credentials `attempts` times and, with an STS endpoint, asks whose they are.
-    pub fn invocation(self, programs: &Programs, attempts: u32, sts_endpoint: Option<&str>) -> Invocation {
+    /// As it is called in tables and in the names of containers.
+    pub fn name(self) -> &'static str {
+        self.name
+    }
+
+    /// Loads credentials and, with an STS endpoint, asks whose they are.
+    pub fn invocation(self, programs: &Programs, loads: impl Into<Loads>, sts_endpoint: Option<&str>) -> Invocation {
         let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients");
         let text = |path: &Path| path.display().to_string();
-        let python = |program: &str| text(&programs.python.join("bin").join(program));
-        let script = |name: &str| text(&scripts.join(name));
-        let node = ["/usr/bin/node", "/usr/local/bin/node"].into_iter().find(|node| Path::new(node).exists());
-        let (mut argv, installed) = match self {
-            Self::Boto3 => (vec![python("python3"), script("boto3-client.py")], Some(&programs.python)),
-            Self::AwsCli => {
-                let shell = "/usr/bin/sh".to_owned();
-                (vec![shell, script("aws-cli-client.sh"), python("aws")], Some(&programs.python))
-            }
-            Self::Js => {
-                let node = node.unwrap_or("/usr/bin/node").to_owned();
-                (vec![node, script("js-client.mjs")], Some(&programs.js))
-            }
-            Self::AwsConfig => (vec![text(&programs.aws_config)], None),
-        };
-        argv.push(attempts.to_string());
-
-        let read_only = match installed {
-            Some(installed) => vec![installed.clone(), scripts],
-            None => vec![programs.aws_config.clone()],
-        };
-        let mut env = vec![
-            "HOME=/tmp".to_owned(),
-            "PATH=/usr/bin:/bin".to_owned(),
-            "AWS_REGION=eu-west-1".to_owned(),
-            // The name that botocore and the AWS CLI read.
-            "AWS_DEFAULT_REGION=eu-west-1".to_owned(),
-            "PYTHONDONTWRITEBYTECODE=1".to_owned(),
-            format!("NODE_PATH={}", text(&programs.js.join("node_modules"))),
+        let nodes = ["/usr/bin/node", "/usr/local/bin/node"];
+        let node = nodes.into_iter().find(|node| Path::new(node).exists()).unwrap_or(nodes[0]);
+        let folders = [
+            ("{scripts}", &scripts),
+            ("{python}", &programs.python),
+            ("{js}", &programs.js),
+            ("{aws-config}", &programs.aws_config),
+            ("{further}", &programs.further),
         ];
+        let used = folders.iter().filter(|(place, _)| self.words.iter().any(|word| word.contains(place)));
+        let read_only = used.map(|(_, folder)| (*folder).clone()).collect();
+        let filled = |word: &&str| {
+            let word = word.replace("{node}", node);
+            folders.iter().fold(word, |word, (place, folder)| word.replace(place, &text(folder)))
+        };
+        let mut argv: Vec<String> = self.words.iter().map(filled).collect();
+        argv.push(match loads.into() {
+            Loads::Fresh(loads) => loads.to_string(),
+            Loads::Watch => "watch".to_owned(),
+        });
+        let mut env: Vec<String> = [
+            "HOME=/tmp",
+            "PATH=/usr/bin:/bin",
+            "AWS_REGION=eu-west-1",
+            // The name that botocore and the AWS CLI read.
+            "AWS_DEFAULT_REGION=eu-west-1",
+            "PYTHONDONTWRITEBYTECODE=1",
+        ]
+        .map(str::to_owned)
+        .into();
         env.extend(sts_endpoint.map(|endpoint| format!("STS_ENDPOINT={endpoint}")));
-        Invocation { argv, read_only, env }
+        let root = (self.over == Over::Root).then(|| programs.further.join("root"));
+        Invocation { argv, read_only, env, root }
+    }
+
+    /// The environment in which its clock is ahead by what the file says.
+    pub(crate) fn clock(self, programs: &Programs, file: &Path) -> Vec<(String, String)> {
+        let library = match self.over {
+            Over::Machine => programs.faketime(),
+            Over::Root => "/usr/$LIB/faketime/libfaketimeMT.so.1".to_owned(),
+        };
+        faketime(&library, [("FAKETIME_TIMESTAMP_FILE", &*file.to_string_lossy()), ("FAKETIME_NO_CACHE", "1")])
+    }
+
+    /// Whether the library that changes its clock is the machine's.
+    pub(crate) fn is_over_machine(self) -> bool {
+        self.over == Over::Machine
     }
 }
 
-impl ClientReport {
-    /// Finds the report in what a client wrote to its standard output.
-    pub fn parse(stdout: &str) -> anyhow::Result<Self> {
-        let line = stdout.lines().rev().find(|line| line.starts_with('{'));
-        let line = line.with_context(|| format!("no report in the client's output: {stdout:?}"))?;
-        serde_json::from_str(line).with_context(|| format!("read the client's report: {line}"))
-    }
-
-    /// The access keys it got, one for each attempt that succeeded.
-    pub fn access_keys(&self) -> impl Iterator<Item = &str> {
-        self.attempts.iter().filter_map(|attempt| attempt.access_key.as_deref())
-    }
-
-    /// What went wrong, in any attempt or afterwards.
-    pub fn errors(&self) -> impl Iterator<Item = &str> {
-        let attempts = self.attempts.iter().filter_map(|attempt| attempt.error.as_deref());
-        attempts.chain(self.identity_error.as_deref())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_report_is_found_among_other_output() {
-        let output = "warning: something\n{\"client\":\"aws-cli\",\"version\":\"1\",\"attempts\":[\
-                      {\"access_key\":\"ASIAX\",\"ms\":12},{\"error\":\"none\",\"ms\":1.5}]}\n";
-        let report = ClientReport::parse(output).unwrap();
-        assert_eq!(report.access_keys().collect::<Vec<_>>(), ["ASIAX"]);
-        assert_eq!(report.errors().collect::<Vec<_>>(), ["none"]);
-        assert_eq!(report.identity, None);
-        assert!(ClientReport::parse("Traceback").is_err());
-    }
+/// The environment in which dates are others; what measures time is left alone, so that limits and pauses keep their length.
+pub(crate) fn faketime<const N: usize>(library: &str, what: [(&str, &str); N]) -> Vec<(String, String)> {
+    let pairs = [("LD_PRELOAD", library), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")].into_iter().chain(what);
+    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
 }

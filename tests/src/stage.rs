@@ -5,7 +5,7 @@ use std::{ops::Deref, path::PathBuf, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    clients::{Client, ClientReport, Programs},
+    clients::{Client, ClientReport, Loads, Programs},
     host::{Container, ContainerSpec, Daemon, DaemonOptions, METADATA_V4, METADATA_V6, TestHost},
     imds::Imds,
     sts::{BASE_ACCESS_KEY, BASE_SECRET_KEY, Sts},
@@ -120,16 +120,17 @@ pub fn aws_config_client() -> Result<PathBuf> {
     found.context("aws-config-client is not built: cargo build -p metadata-proxy-tests --bins")
 }
 
-/// A container in which this client loads credentials so many times.
+/// A container in which this client loads credentials.
 pub fn client_spec(
     name: &str,
     client: Client,
     programs: &Programs,
-    attempts: u32,
+    loads: impl Into<Loads>,
     sts_endpoint: Option<&str>,
 ) -> ContainerSpec {
-    let invocation = client.invocation(programs, attempts, sts_endpoint);
+    let invocation = client.invocation(programs, loads, sts_endpoint);
     let mut spec = ContainerSpec::on_host(name, invocation.argv);
+    spec.root = invocation.root;
     for path in invocation.read_only {
         spec = spec.bind(format!("{0}:{0}:ro", path.display()));
     }

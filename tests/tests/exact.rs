@@ -91,12 +91,12 @@ async fn clients_find_the_service_at_its_ipv6_address() -> Result<()> {
     let stage = Stage::start().await?;
     let programs = Programs::from_env(aws_config_client()?)?;
     for (client, place, has_ipv6) in [
-        (Client::AwsConfig, "bridge", false),
-        (Client::AwsConfig, "bridge6", true),
-        (Client::AwsConfig, "host", true),
+        (Client::AWS_CONFIG, "bridge", false),
+        (Client::AWS_CONFIG, "bridge6", true),
+        (Client::AWS_CONFIG, "host", true),
         // Where there is no IPv6 it does not even try: urllib3 looks whether it could bind to `::1`.
-        (Client::Boto3, "bridge6", true),
-        (Client::Boto3, "host", true),
+        (Client::BOTO3, "bridge6", true),
+        (Client::BOTO3, "host", true),
     ] {
         let name = format!("{}-{place}", client.name());
         let mut spec = client_spec(&name, client, &programs, 1, None)

@@ -46,6 +46,14 @@ enum Task {
     Bypass,
     /// Try inputs that nobody has thought of, guided by coverage, and print how many
     Fuzz(fuzz::Options),
+    /// Run real AWS clients in containers through every scenario, and print what came of each
+    Clients {
+        /// Only these; all if none is named
+        names: Vec<OsString>,
+        /// Keep what they send, and what they are answered, in tests/recordings
+        #[arg(long)]
+        record: bool,
+    },
     /// Run all tests: unit, privileged, end to end
     Test {
         /// Only the tests whose name contains this
@@ -74,6 +82,7 @@ fn main() -> anyhow::Result<()> {
         Task::SimulateFleet => test::simulate_fleet(),
         Task::Bypass => test::show("bypass"),
         Task::Fuzz(options) => fuzz::all(&options),
+        Task::Clients { names, record } => test::clients(names, record),
         Task::Test { filter } => test::all(filter.as_deref()),
         Task::Vm(options) => vm::run_all(&options),
         Task::Lint => test::lint(),

@@ -1,6 +1,6 @@
 //! What shows that it works: demonstrations, tests, lints.
 
-use std::process::Command;
+use std::{ffi::OsString, process::Command};
 
 use crate::{build, cargo, install, run};
 
@@ -14,6 +14,18 @@ pub(crate) fn show(program: &str) -> anyhow::Result<()> {
     let daemon = build::daemon(false)?;
     run(cargo().args(["build", "--quiet", "--package", TESTS, "--bins"]))?;
     run(Command::new(build::binary("debug", program)?).env("METADATA_PROXY_BIN", daemon))
+}
+
+/// Every real client, see the program of that name.
+pub(crate) fn clients(names: Vec<OsString>, record: bool) -> anyhow::Result<()> {
+    install::docker_engine()?;
+    let (python, js, further) = (install::python_clients()?, install::js_clients()?, install::further_clients()?);
+    let daemon = build::daemon(false)?;
+    run(cargo().args(["build", "--quiet", "--package", TESTS, "--bins"]))?;
+    let mut clients = Command::new(build::binary("debug", "clients")?);
+    clients.args(names).args(record.then_some("--record")).env("METADATA_PROXY_BIN", daemon);
+    clients.env("METADATA_PROXY_PYTHON_CLIENTS", python).env("METADATA_PROXY_JS_CLIENTS", js);
+    run(clients.env("METADATA_PROXY_FURTHER_CLIENTS", further))
 }
 
 /// As `show`, but optimised: only then do the figures mean something.
@@ -39,6 +51,7 @@ pub(crate) fn simulate_fleet() -> anyhow::Result<()> {
 pub(crate) fn all(filter: Option<&str>) -> anyhow::Result<()> {
     install::docker_engine()?;
     let (python, js, cloud_init) = (install::python_clients()?, install::js_clients()?, install::cloud_init()?);
+    let further = install::further_clients()?;
     let daemon = build::daemon(false)?;
     // The whole workspace: unit tests stand beside their code, end-to-end tests in `tests`. The build
     // of the package's programs comes along, which the containers run.
@@ -46,7 +59,7 @@ pub(crate) fn all(filter: Option<&str>) -> anyhow::Result<()> {
     tests.args(["test", "--workspace", "--bins", "--lib", "--tests"]).args(filter).args(["--", THREADS]);
     tests.env("METADATA_PROXY_BIN", daemon);
     tests.env("METADATA_PROXY_PYTHON_CLIENTS", python).env("METADATA_PROXY_JS_CLIENTS", js);
-    tests.env("METADATA_PROXY_CLOUD_INIT", cloud_init);
+    tests.env("METADATA_PROXY_CLOUD_INIT", cloud_init).env("METADATA_PROXY_FURTHER_CLIENTS", further);
     run(&mut tests)
 }
 

@@ -1,69 +1,110 @@
-//! A program with the AWS SDK for Rust as people write it: asks for credentials, says which it got,
-//! in one line of JSON.
-//!
-//! Usage: `aws-config-client [ATTEMPTS]`. Nothing is configured but the region. With `STS_ENDPOINT`
-//! it also asks that STS whose credentials they are. Exits 3 when an attempt got none.
+//! A program with the AWS SDK for Rust as people write it; nothing is configured but the region. When to ask and what
+//! to print is in `tests/clients/README.md`.
 #![expect(clippy::print_stdout, reason = "its report is its standard output")]
 
-use std::process::ExitCode;
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
-use aws_config::BehaviorVersion;
-use aws_sdk_sts::config::{Credentials, ProvideCredentials as _};
-use serde_json::{Value, json};
+use anyhow::{Context as _, Result};
+use aws_config::{BehaviorVersion, SdkConfig};
+use aws_sdk_sts::{
+    Client,
+    config::{
+        ConfigBag, Intercept, ProvideCredentials as _, RuntimeComponents,
+        interceptors::BeforeTransmitInterceptorContextRef,
+    },
+    error::BoxError,
+};
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> anyhow::Result<ExitCode> {
-    let attempts: u32 = match std::env::args().nth(1) {
-        Some(attempts) => attempts.parse().context("ATTEMPTS is a number")?,
-        None => 2,
-    };
-    let mut report = json!({ "client": "aws-config", "version": aws_sdk_sts::meta::PKG_VERSION });
-    let mut list = Vec::new();
-    let mut credentials = None;
-    for _ in 0..attempts {
-        let (attempt, loaded) = load().await;
-        list.push(attempt);
-        credentials = loaded.or(credentials);
+async fn main() -> Result<()> {
+    println!("version {}", aws_sdk_sts::meta::PKG_VERSION);
+    let word = std::env::args().nth(1).context("say how many loads, or `watch`")?;
+    if word == "watch" {
+        return watch().await;
     }
-    let failed = list.iter().any(|attempt| !attempt["error"].is_null());
-    report["attempts"] = Value::from(list);
-    if let (Ok(endpoint), Some(credentials)) = (std::env::var("STS_ENDPOINT"), credentials) {
-        match identify(&endpoint, credentials).await {
-            Ok(arn) => report["identity"] = Value::from(arn),
-            Err(error) => report["identity_error"] = Value::from(error),
+    for _ in 0..word.parse().context("the number of loads is a number")? {
+        // A chain of its own for each, so that nothing comes from a cache.
+        let config = aws_config::load_defaults(BehaviorVersion::latest()).await;
+        let begin = Instant::now();
+        match load(&config).await {
+            Ok(key) => tell_key(&key, begin),
+            Err(error) => {
+                println!("error {}", one_line(&error));
+                continue;
+            }
+        }
+        if let Some(sts) = client(&config) {
+            match sts.get_caller_identity().send().await {
+                Ok(identity) => println!("identity {}", identity.arn().unwrap_or_default()),
+                Err(error) => println!("identity-error {}", one_line(&error.into())),
+            }
         }
     }
-    println!("{report}");
-    Ok(if failed { ExitCode::from(3) } else { ExitCode::SUCCESS })
+    Ok(())
 }
 
-/// One attempt with a chain of its own, so that nothing comes from a cache.
-async fn load() -> (Value, Option<Credentials>) {
-    let begin = Instant::now();
+/// One client of a service, which renews its credentials as it sees fit.
+async fn watch() -> Result<()> {
     let config = aws_config::load_defaults(BehaviorVersion::latest()).await;
-    let result = match config.credentials_provider() {
-        Some(provider) => provider.provide_credentials().await.map_err(describe),
-        None => Err("the default chain has no provider".to_owned()),
-    };
-    let ms = begin.elapsed().as_secs_f64() * 1000.0;
-    match result {
-        Ok(credentials) => (json!({ "access_key": credentials.access_key_id(), "ms": ms }), Some(credentials)),
-        Err(error) => (json!({ "error": error, "ms": ms }), None),
+    let sts = client(&config).context("STS_ENDPOINT is not set")?;
+    let (signer, mut last) = (Signer::default(), String::new());
+    loop {
+        let begin = Instant::now();
+        let asked = sts.get_caller_identity().customize().interceptor(signer.clone()).send().await;
+        match asked {
+            Ok(identity) => {
+                let key = signer.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                if key != last {
+                    tell_key(&key, begin);
+                    println!("identity {}", identity.arn().unwrap_or_default());
+                }
+                last = key;
+            }
+            Err(error) => println!("error {}", one_line(&error.into())),
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
     }
 }
 
-/// The error with its causes, which is what helps, in one line.
-fn describe(error: impl std::error::Error + Send + Sync + 'static) -> String {
-    format!("{:#}", anyhow::Error::from(error))
+async fn load(config: &SdkConfig) -> Result<String> {
+    let provider = config.credentials_provider().context("the default chain has no provider")?;
+    Ok(provider.provide_credentials().await?.access_key_id().to_owned())
 }
 
-async fn identify(endpoint: &str, credentials: Credentials) -> Result<String, String> {
-    let config = aws_config::load_defaults(BehaviorVersion::latest()).await;
-    let config =
-        aws_sdk_sts::config::Builder::from(&config).endpoint_url(endpoint).credentials_provider(credentials).build();
-    let identity = aws_sdk_sts::Client::from_conf(config).get_caller_identity().send().await;
-    let identity = identity.map_err(describe)?;
-    identity.arn.ok_or_else(|| "an identity without an ARN".to_owned())
+fn client(config: &SdkConfig) -> Option<Client> {
+    let endpoint = std::env::var("STS_ENDPOINT").ok()?;
+    Some(Client::from_conf(aws_sdk_sts::config::Builder::from(config).endpoint_url(endpoint).build()))
+}
+
+/// The access key that the last request was signed with.
+#[derive(Clone, Debug, Default)]
+struct Signer(Arc<Mutex<String>>);
+
+impl Intercept for Signer {
+    fn name(&self) -> &'static str {
+        "Signer"
+    }
+
+    fn read_before_transmit(
+        &self,
+        context: &BeforeTransmitInterceptorContextRef<'_>,
+        _components: &RuntimeComponents,
+        _bag: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let signature = context.request().headers().get("authorization").unwrap_or_default();
+        let key = signature.split_once("Credential=").and_then(|(_, rest)| rest.split_once('/'));
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        key.unwrap_or_default().0.clone_into(&mut last);
+        Ok(())
+    }
+}
+
+fn tell_key(key: &str, begin: Instant) {
+    println!("key {key} {:.1}", begin.elapsed().as_secs_f64() * 1000.0);
+}
+
+/// The error with its causes, which is what helps.
+fn one_line(error: &anyhow::Error) -> String {
+    format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -44,7 +44,7 @@ async fn main() -> Result<ExitCode> {
     ];
 
     // Only this client is shown, so nothing but it has to be installed.
-    let programs = Programs { python: "/".into(), js: "/".into(), aws_config: stage::aws_config_client()? };
+    let programs = Programs { aws_config: stage::aws_config_client()?, ..Programs::default() };
     println!(
         "{:<9} {:<14} {:<10} {:<22} {:<38} {:>8} {:>8}",
         "container", "network", "role asked", "access key", "GetCallerIdentity", "1st", "2nd"
@@ -71,7 +71,7 @@ async fn main() -> Result<ExitCode> {
 async fn perform(stage: &Stage, programs: &Programs, act: Act) -> Result<bool> {
     let reaches_sts = act.network != Network::None;
     let sts = reaches_sts.then_some(STS_ENDPOINT);
-    let mut spec = client_spec(act.name, Client::AwsConfig, programs, 2, sts).network(act.network);
+    let mut spec = client_spec(act.name, Client::AWS_CONFIG, programs, 2, sts).network(act.network);
     if let Some(role) = act.role {
         spec = spec.label("metadata-proxy.role", &role_arn(role));
     }

@@ -151,8 +151,8 @@ async fn engine(stage: &Stage, cgroups: &str, pod: &Container) -> Result<String>
 }
 
 async fn own_role(stage: &Stage, name: &str, network: Network) -> Result<String> {
-    let programs = Programs { python: "/".into(), js: "/".into(), aws_config: stage::aws_config_client()? };
-    let spec = stage::client_spec(name, Client::AwsConfig, &programs, 2, None).network(network);
+    let programs = Programs { aws_config: stage::aws_config_client()?, ..Programs::default() };
+    let spec = stage::client_spec(name, Client::AWS_CONFIG, &programs, 2, None).network(network);
     let report = stage::report(stage, spec.label("metadata-proxy.role", &role_arn(name))).await?;
     if let Some(error) = report.errors().next() {
         bail!("{error}");

@@ -1,5 +1,7 @@
 //! Containers, from what a test wants of them to what they answered.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context as _, Result, bail};
 use bollard::{
     Docker,
@@ -50,6 +52,8 @@ pub struct ContainerSpec {
     pub cmd: Vec<String>,
     /// `source:target[:ro]`; those that the image needs are added.
     pub binds: Vec<String>,
+    /// Instead of the machine's file system, for [`Self::on_host`].
+    pub root: Option<PathBuf>,
     pub privileged: bool,
     /// Whatever else a test needs; the fields above go over it.
     pub host_config: HostConfig,
@@ -101,7 +105,7 @@ impl ContainerSpec {
     fn into_body(self) -> ContainerCreateBody {
         let mut binds = self.binds;
         if self.image == image::HOST {
-            binds.extend(image::host_binds());
+            binds.extend(image::host_binds(self.root.as_deref().unwrap_or(Path::new("/"))));
         }
         ContainerCreateBody {
             image: Some(self.image),

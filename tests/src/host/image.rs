@@ -1,6 +1,6 @@
 //! Images made here and now: a test host has no registry to pull from.
 
-use std::process::Command;
+use std::{path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 use bollard::{Docker, body_full, query_parameters::CreateImageOptionsBuilder};
@@ -28,17 +28,17 @@ async fn import(docker: &Docker, name: &str, root: Vec<u8>) -> Result<()> {
         .with_context(|| format!("importing the image {name}"))
 }
 
-/// What a read-only bind of the machine gives to a container of [`HOST`].
-pub(super) fn host_binds() -> Vec<String> {
-    let mut paths = vec!["/usr".to_owned()];
+/// What a read-only bind of the machine, or of another root, gives to a container of [`HOST`].
+pub(super) fn host_binds(root: &Path) -> Vec<String> {
+    let mut paths = vec!["usr".to_owned()];
     // Programs in /usr lead to these: certificates, alternatives, the linker's cache, Java's settings.
-    let settings = std::fs::read_dir("/etc").into_iter().flatten().flatten();
+    let settings = std::fs::read_dir(root.join("etc")).into_iter().flatten().flatten();
     paths.extend(settings.filter_map(|entry| {
         let name = entry.file_name().into_string().ok()?;
         let wanted = matches!(name.as_str(), "ssl" | "alternatives" | "ld.so.cache") || name.starts_with("java-");
-        wanted.then(|| format!("/etc/{name}"))
+        wanted.then(|| format!("etc/{name}"))
     }));
-    paths.iter().map(|path| format!("{path}:{path}:ro")).collect()
+    paths.iter().map(|path| format!("{}:/{path}:ro", root.join(path).display())).collect()
 }
 
 fn busybox_root() -> Result<Vec<u8>> {

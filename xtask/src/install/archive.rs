@@ -2,6 +2,7 @@
 //! and lists lie in the cache, and the system's apt never hears of them.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -84,6 +85,33 @@ impl Archive {
             quietly(Command::new("dpkg-deb").arg("--extract").arg(package?.path()).arg(into))?;
         }
         fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))
+    }
+
+    /// Unpacks packages and all that they depend on into a folder, so that it is a root of its own: with links where
+    /// Debian has merged the root into `/usr`. Tells what each package's file was called, which has its version.
+    pub(super) fn unpack_whole(&self, packages: &[&str], into: &Path) -> anyhow::Result<Vec<String>> {
+        for merged in ["bin", "lib", "lib64", "sbin"] {
+            fs::create_dir_all(into.join("usr").join(merged)).context("create a root's folders")?;
+            symlink(Path::new("usr").join(merged), into.join(merged)).context("create a root's links")?;
+        }
+        let mut fetch = self.apt("apt-get");
+        fetch.args(["--quiet", "install", "--yes", "--no-install-recommends", "--download-only"]).args(packages);
+        quietly(&mut fetch)?;
+        let mut names = Vec::new();
+        let extract = r#"dpkg-deb --fsys-tarfile "$1" | tar --extract --keep-directory-symlink --directory "$2""#;
+        for package in fs::read_dir(self.root.join("archives"))? {
+            let package = package?.path();
+            if package.extension().is_some_and(|extension| extension == "deb") {
+                quietly(Command::new("sh").args(["-c", extract, "sh"]).arg(&package).arg(into))?;
+                names.extend(package.file_name().map(|name| name.to_string_lossy().into_owned()));
+            }
+        }
+        Ok(names)
+    }
+
+    /// Forgets the packages' files that were fetched.
+    pub(super) fn clear(&self) -> anyhow::Result<()> {
+        quietly(self.apt("apt-get").arg("clean"))
     }
 
     /// Installs packages of one of the releases into this machine, where nothing has to go for them.

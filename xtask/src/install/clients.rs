@@ -66,11 +66,11 @@ pub(crate) fn cloud_init() -> anyhow::Result<PathBuf> {
     Ok(folder.join("usr/lib/python3/dist-packages"))
 }
 
-fn sources() -> PathBuf {
+pub(super) fn sources() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("tests").join("clients")
 }
 
-fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+pub(super) fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("read {}", path.display()))
 }
 

@@ -1,0 +1,420 @@
+//! What each client is put through, and what came of it.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use futures_util::future::{join_all, try_join};
+use tokio::{sync::Semaphore, time::sleep};
+
+use super::{Client, ClientReport, Life, Loads, Programs, faketime, recording::Recording, sniffer::Sniffer};
+use crate::{
+    host::{Container, ContainerSpec, DaemonOptions},
+    stage::{STS_ENDPOINT, Stage, client_spec, daemon_options, role_arn},
+    sts::Fault,
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scenario {
+    /// Credentials of exactly the container's own session.
+    Identity,
+    /// STS does not answer for longer than most clients wait.
+    SlowSts,
+    /// STS refuses the role.
+    Refused,
+    /// The container has none.
+    NoRole,
+    /// The session token, valid for six hours, was taken seven hours ago.
+    ExpiredToken,
+    /// The daemon ends and another begins between two requests.
+    Restart,
+    /// Two renewals, by one client that goes on.
+    Renewals,
+}
+
+impl Scenario {
+    pub const ALL: [Self; 7] =
+        [Self::Identity, Self::SlowSts, Self::Refused, Self::NoRole, Self::ExpiredToken, Self::Restart, Self::Renewals];
+}
+
+impl fmt::Display for Scenario {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(match self {
+            Self::Identity => "identity",
+            Self::SlowSts => "slow STS",
+            Self::Refused => "refused role",
+            Self::NoRole => "no role",
+            Self::ExpiredToken => "expired token",
+            Self::Restart => "restart",
+            Self::Renewals => "renewals",
+        })
+    }
+}
+
+/// What came of a scenario.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// As it should be, with what is worth telling.
+    Good(String),
+    /// The client cannot do this by its nature.
+    NotApplicable(&'static str),
+    Bad(String),
+}
+
+/// Everything about one client.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub client: Client,
+    pub version: String,
+    pub outcomes: BTreeMap<Scenario, Outcome>,
+    /// Of one load of credentials.
+    pub recording: Recording,
+}
+
+impl Row {
+    pub fn good(&self) -> bool {
+        !self.outcomes.values().any(|outcome| matches!(outcome, Outcome::Bad(_)))
+    }
+}
+
+/// So many containers start at the same time: more would only wait for each other, and clients have their limits.
+const AT_ONCE: usize = 3;
+/// A slow start of a client on a busy machine is not what is looked for.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than any client waits for an answer.
+const SLOW: Duration = Duration::from_secs(3);
+/// Of role sessions while a client lives on. The daemon renews them before their half.
+const LIFETIME: Duration = Duration::from_secs(12);
+
+/// Puts the clients through everything.
+pub async fn run(programs: &Programs, clients: &[Client]) -> Result<Vec<Row>> {
+    ensure!(
+        !programs.further.as_os_str().is_empty(),
+        "METADATA_PROXY_FURTHER_CLIENTS is not set; start this with `cargo xtask clients`"
+    );
+    // On hosts of their own; the long lives are mostly waiting.
+    let (mut rows, long) = try_join(short(programs, clients), long(programs, clients)).await?;
+    for (row, outcomes) in rows.iter_mut().zip(long) {
+        row.outcomes.extend(outcomes);
+    }
+    Ok(rows)
+}
+
+/// Each scenario in a container of its own.
+async fn short(programs: &Programs, clients: &[Client]) -> Result<Vec<Row>> {
+    let stage = Stage::start().await?;
+    let turns = Semaphore::new(AT_ONCE);
+    let rows = clients.iter().map(async |client| {
+        let trial = Trial { stage: &stage, programs, client: *client };
+        let mut row =
+            Row { client: *client, version: String::new(), outcomes: BTreeMap::new(), recording: Recording::default() };
+        for scenario in [Scenario::Identity, Scenario::SlowSts, Scenario::Refused, Scenario::NoRole] {
+            let turn = turns.acquire().await;
+            let outcome = match scenario {
+                Scenario::Identity => trial.identity(&mut row).await,
+                Scenario::SlowSts => trial.slow_sts().await,
+                Scenario::Refused => trial.nothing("refused", true).await,
+                _ => trial.nothing("roleless", false).await,
+            };
+            drop(turn);
+            row.outcomes.insert(scenario, outcome.unwrap_or_else(|error| Outcome::Bad(format!("{error:#}"))));
+        }
+        row
+    });
+    let rows = join_all(rows).await;
+    stage.assert_no_leak()?;
+    Ok(rows)
+}
+
+struct Trial<'a> {
+    stage: &'a Stage,
+    programs: &'a Programs,
+    client: Client,
+}
+
+impl Trial<'_> {
+    fn spec(&self, name: &str, loads: impl Into<Loads>) -> ContainerSpec {
+        client_spec(name, self.client, self.programs, loads, Some(STS_ENDPOINT))
+    }
+
+    async fn identity(&self, row: &mut Row) -> Result<Outcome> {
+        let name = self.client.name;
+        let mut spec = self.spec(name, 1).label("metadata-proxy.role", &role_arn(name));
+        // It waits until somebody listens to what is said.
+        let command = std::mem::replace(&mut spec.cmd, ["/usr/bin/sleep", "600"].map(str::to_owned).into());
+        let container = self.stage.run(spec).await?;
+        let sniffer = Sniffer::start(container.pid().await?)?;
+        let finished = container.exec(command).await?;
+        row.recording = Recording::of(&sniffer.finish()?);
+        let report =
+            ClientReport::parse(&finished.stdout).with_context(|| format!("it printed {}", finished.stderr))?;
+        row.version.clone_from(&report.version);
+        self.owns(&container, &report)?;
+        container.remove().await?;
+        let key = report.attempts.first().context("it loaded nothing")?;
+        Ok(Outcome::Good(format!("{:.0} ms", key.ms)))
+    }
+
+    /// Everything that it got is its own container's, and it got something.
+    fn owns(&self, container: &Container, report: &ClientReport) -> Result<()> {
+        let id = container.id().get(..12).unwrap_or_default();
+        let name = container.name();
+        let expected = format!("arn:aws:sts::123456789012:assumed-role/{name}/{name}-{id}");
+        ensure!(
+            report.access_keys().next().is_some(),
+            "no credentials: {}",
+            report.errors().collect::<Vec<_>>().join("; ")
+        );
+        for key in report.access_keys() {
+            let owner = self.stage.sts.identity_of(key);
+            ensure!(owner.as_ref() == Some(&expected), "{key} is {owner:?}'s, not {expected}'s");
+        }
+        ensure!(report.identity_error.is_none(), "{:?}", report.identity_error);
+        let told = report.identity.as_ref();
+        ensure!(told == Some(&expected) || !self.tells(), "it was told {told:?}");
+        Ok(())
+    }
+
+    /// Plain Java cannot sign, so nobody tells it whose its credentials are.
+    fn tells(&self) -> bool {
+        self.client.name != "java"
+    }
+
+    async fn slow_sts(&self) -> Result<Outcome> {
+        let name = format!("{}-slow", self.client.name);
+        self.stage.sts.set_role_fault(&role_arn(&name), Some(Fault::Hang));
+        let spec = self.spec(&name, Loads::Watch).label("metadata-proxy.role", &role_arn(&name));
+        let container = self.stage.run(spec).await?;
+        // Not before it has asked: some need seconds to start.
+        let sniffer = Sniffer::start(container.pid().await?)?;
+        let begin = Instant::now();
+        while !sniffer.has_heard() {
+            ensure!(
+                begin.elapsed() < PATIENCE,
+                "it has not asked within {PATIENCE:?}: {:?}",
+                container.output().await?
+            );
+            sleep(Duration::from_millis(50)).await;
+        }
+        sniffer.finish()?;
+        sleep(SLOW).await;
+        self.stage.sts.set_role_fault(&role_arn(&name), None);
+        let report = until(&container, |report| {
+            let told = report.identity.is_some() || report.identity_error.is_some() || !self.tells();
+            report.access_keys().next().is_some() && told
+        })
+        .await?;
+        container.remove().await?;
+        self.owns(&container, &report)?;
+        let failed = report.attempts.iter().take_while(|attempt| attempt.access_key.is_none()).count();
+        let first = report.attempts.get(failed).map_or(0.0, |attempt| attempt.ms);
+        Ok(Outcome::Good(match failed {
+            0 => format!("waits {:.1} s", first / 1000.0),
+            1 => "fails once, then good".to_owned(),
+            _ => format!("fails {failed} times, then good"),
+        }))
+    }
+
+    /// It finds no credentials, and says so.
+    async fn nothing(&self, why: &str, refused: bool) -> Result<Outcome> {
+        let name = format!("{}-{why}", self.client.name);
+        let mut spec = self.spec(&name, 1);
+        if refused {
+            self.stage.sts.set_role_fault(&role_arn(&name), Some(Fault::Refuse));
+            spec = spec.label("metadata-proxy.role", &role_arn(&name));
+        }
+        let container = self.stage.run(spec).await?;
+        let finished = container.wait().await?;
+        container.remove().await?;
+        let report =
+            ClientReport::parse(&finished.stdout).with_context(|| format!("it printed {}", finished.stderr))?;
+        ensure!(report.access_keys().next().is_none(), "it got credentials: {report:?}");
+        if report.errors().next().is_none() {
+            ensure!(finished.exit_code != 0, "it got nothing and said nothing");
+            return Ok(Outcome::Good(format!("ends with {}", finished.exit_code)));
+        }
+        Ok(Outcome::Good("an error".to_owned()))
+    }
+}
+
+/// Waits until a client's report so far is as wanted.
+async fn until(container: &Container, wanted: impl Fn(&ClientReport) -> bool) -> Result<ClientReport> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let (stdout, stderr) = container.output().await?;
+        match ClientReport::parse(&stdout) {
+            Ok(report) if wanted(&report) => return Ok(report),
+            _ if container.pid().await? == 0 => bail!("it has ended; it printed {stdout} {stderr}"),
+            _ if Instant::now() < deadline => sleep(Duration::from_millis(200)).await,
+            _ => bail!("not within {PATIENCE:?}; it printed {stdout} {stderr}"),
+        }
+    }
+}
+
+/// One container of each client lives through what befalls the daemon.
+async fn long(programs: &Programs, clients: &[Client]) -> Result<Vec<BTreeMap<Scenario, Outcome>>> {
+    // Seven hours behind: its session tokens of six hours are too old for the daemon that comes after it.
+    let behind = |options: DaemonOptions| {
+        let variables = faketime(&programs.faketime(), [("FAKETIME", "-7h")]);
+        variables.into_iter().fold(options, |options, (name, value)| options.env(&name, value))
+    };
+    let mut stage = Stage::start_with(behind(daemon_options())).await?;
+    // That daemon does not see them end, so they have to last until the next one is there.
+    stage.sts.set_lifetime(Some(PATIENCE));
+    let clock = Clock::start(stage.directory().join(CLOCK))?;
+    let turns = Semaphore::new(2 * AT_ONCE);
+    let lives = join_all(clients.iter().map(async |client| {
+        let _turn = turns.acquire().await;
+        Living::start(&stage, programs, *client).await
+    }))
+    .await;
+    let mut lives: Vec<Result<Living>> = lives.into_iter().collect();
+
+    stage.sts.set_lifetime(Some(LIFETIME));
+    stage.replace_daemon(daemon_options()).await?;
+    phase(&mut lives, &stage, programs, Scenario::ExpiredToken, 1).await;
+    phase(&mut lives, &stage, programs, Scenario::Renewals, 2).await;
+    stage.replace_daemon(daemon_options()).await?;
+    phase(&mut lives, &stage, programs, Scenario::Restart, 1).await;
+    drop(clock);
+    let outcomes = lives.into_iter().map(|living| match living {
+        Ok(living) => living.outcomes,
+        Err(error) => {
+            let bad = Outcome::Bad(format!("{error:#}"));
+            [Scenario::ExpiredToken, Scenario::Renewals, Scenario::Restart]
+                .map(|scenario| (scenario, bad.clone()))
+                .into()
+        }
+    });
+    stage.assert_no_leak()?;
+    Ok(outcomes.collect())
+}
+
+/// A folder in the host's directory.
+const CLOCK: &str = "clock";
+
+/// Sets the clock of those who read it four minutes ahead each second.
+struct Clock(tokio::task::JoinHandle<()>);
+
+impl Clock {
+    fn start(folder: PathBuf) -> Result<Self> {
+        let begin = Instant::now();
+        std::fs::create_dir_all(&folder).context("making the folder of a clock")?;
+        let set = move || {
+            // Whole or not at all: it is being read.
+            std::fs::write(folder.join("next"), format!("+{}", begin.elapsed().as_millis() * 240 / 1000))?;
+            std::fs::rename(folder.join("next"), folder.join("now"))
+        };
+        set().context("setting a clock")?;
+        Ok(Self(tokio::spawn(async move {
+            while set().is_ok() {
+                sleep(Duration::from_millis(500)).await;
+            }
+        })))
+    }
+}
+
+impl Drop for Clock {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Waits for so many new keys of every client.
+async fn phase(lives: &mut [Result<Living>], stage: &Stage, programs: &Programs, scenario: Scenario, keys: usize) {
+    join_all(lives.iter_mut().flatten().map(|living| living.live_through(stage, programs, scenario, keys))).await;
+}
+
+/// A client that lives on in its container.
+struct Living {
+    client: Client,
+    container: Container,
+    /// Until the token has expired, to see whether the client presents it.
+    sniffer: Option<Sniffer>,
+    /// How many keys and errors were there when the phase began.
+    keys: usize,
+    errors: usize,
+    outcomes: BTreeMap<Scenario, Outcome>,
+}
+
+impl Living {
+    async fn start(stage: &Stage, programs: &Programs, client: Client) -> Result<Self> {
+        let name = client.name;
+        let mut spec = client_spec(name, client, programs, Loads::Watch, Some(STS_ENDPOINT));
+        if client.life == Life::LongByClock {
+            let clock = stage.directory().join(CLOCK);
+            let file = clock.join("now");
+            for (variable, value) in client.clock(programs, &file) {
+                spec = spec.env(&variable, &value);
+            }
+            spec = spec.bind(format!("{0}:{0}:ro", clock.display()));
+            if client.is_over_machine() {
+                spec = spec.bind(format!("{0}:{0}:ro", programs.further.display()));
+            }
+        }
+        let container = stage.run(spec.label("metadata-proxy.role", &role_arn(name))).await?;
+        let sniffer = Some(Sniffer::start(container.pid().await?)?);
+        let report = until(&container, |report| report.access_keys().next().is_some()).await?;
+        let (keys, errors) = (report.access_keys().count(), report.errors().count());
+        Ok(Self { client, container, sniffer, keys, errors, outcomes: BTreeMap::new() })
+    }
+
+    async fn live_through(&mut self, stage: &Stage, programs: &Programs, scenario: Scenario, keys: usize) {
+        let outcome = match (self.client.life, scenario) {
+            (Life::Short, Scenario::ExpiredToken) => Outcome::NotApplicable("takes a token for each run"),
+            (Life::Short, Scenario::Renewals) => Outcome::NotApplicable("loads anew in each run"),
+            (Life::TooLong(why), _) => Outcome::NotApplicable(why),
+            (Life::LongTrusting, Scenario::ExpiredToken) => {
+                let failed = self.is_refused(stage, programs).await;
+                failed.map_or_else(|error| Outcome::Bad(format!("{error:#}")), Outcome::Good)
+            }
+            _ => {
+                let mut lived = self.gets(stage, keys).await;
+                if scenario == Scenario::ExpiredToken {
+                    lived = lived.and_then(|told| Ok(format!("{}{told}", self.refusals()?)));
+                }
+                lived.map_or_else(|error| Outcome::Bad(format!("{error:#}")), Outcome::Good)
+            }
+        };
+        self.outcomes.insert(scenario, outcome);
+    }
+
+    /// Whether it has presented a token that was refused.
+    fn refusals(&mut self) -> Result<&'static str> {
+        let Some(sniffer) = self.sniffer.take() else { return Ok("") };
+        let refused = Recording::of(&sniffer.finish()?).answered("401");
+        Ok(if refused > 0 { "401, then " } else { "no old token sent, " })
+    }
+
+    /// It goes on with the refused token, and is replaced by another of its kind.
+    async fn is_refused(&mut self, stage: &Stage, programs: &Programs) -> Result<String> {
+        until(&self.container, |report| report.errors().any(|error| error.contains("401"))).await?;
+        self.container.remove().await?;
+        let outcomes = std::mem::take(&mut self.outcomes);
+        *self = Self { outcomes, sniffer: None, ..Self::start(stage, programs, self.client).await? };
+        Ok("fails until its own clock says so".to_owned())
+    }
+
+    /// So many keys that it had not before, all its own; what went wrong meanwhile is told.
+    async fn gets(&mut self, stage: &Stage, keys: usize) -> Result<String> {
+        let report = until(&self.container, |report| report.access_keys().count() >= self.keys + keys).await?;
+        let id = self.container.id().get(..12).unwrap_or_default();
+        let expected = format!("arn:aws:sts::123456789012:assumed-role/{0}/{0}-{id}", self.client.name);
+        for key in report.access_keys() {
+            let owner = stage.sts.identity_of(key);
+            ensure!(owner.as_ref() == Some(&expected), "{key} is {owner:?}'s, not {expected}'s");
+        }
+        let all: Vec<&str> = report.errors().collect();
+        let errors = all.len() - self.errors;
+        (self.keys, self.errors) = (report.access_keys().count(), all.len());
+        Ok(match errors {
+            0 => "good".to_owned(),
+            1 => "good after an error".to_owned(),
+            _ => format!("good after {errors} errors"),
+        })
+    }
+}
