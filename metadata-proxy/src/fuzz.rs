@@ -130,11 +130,13 @@ pub fn new_token(ttl: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
-/// Whether this is a token that is still good for so many seconds; `None` if it can be no header at all.
-pub fn token(token: &[u8], seconds_later: i64) -> Option<bool> {
+/// Whether this is a good token after so many seconds, of the container that [`new_token`] gives them to or of `another`;
+/// `None` if it can be no header at all.
+pub fn token(token: &[u8], seconds_later: i64, another: bool) -> Option<bool> {
     let request = Request::get("/latest/meta-data/ami-id").header("x-aws-ec2-metadata-token", token);
     let later = Timestamp::from_second(seconds_later).ok()?;
-    let caller = Caller { require_token: true, ..CALLER };
+    let id = if another { "another" } else { CALLER.id };
+    let caller = Caller { id, require_token: true, ..CALLER };
     let routed = imds(false).route(&request.body(()).ok()?.into_parts().0, &caller, later);
     Some(routed.token_ttl.is_some())
 }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::{build, install, run};
+use crate::{build, forget_ourselves, install, run};
 
 const CRATE: &str = "metadata-proxy/fuzz";
 /// Apart from the other builds: all of it carries the counters of the fuzzer.
@@ -70,6 +70,7 @@ fn cargo_fuzz(fuzzer: &Path, subcommand: &str) -> Command {
     // The program is started often and optimised by others: what counts is to have it soon.
     command.envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")]);
     command.env_remove("CARGO_TARGET_DIR");
+    forget_ourselves(&mut command);
     command
 }
 

@@ -97,7 +97,21 @@ fn workspace() -> anyhow::Result<PathBuf> {
 
 /// The cargo that runs us.
 fn cargo() -> Command {
-    Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    forget_ourselves(&mut cargo);
+    cargo
+}
+
+/// What cargo tells the xtask of its package is none of those that are built: some build scripts (ring's) would run again,
+/// and all that depends on them be compiled anew, with each change between `cargo xtask` and a cargo started by hand.
+fn forget_ourselves(command: &mut Command) {
+    let ours = |name: &OsString| {
+        let name = name.to_string_lossy();
+        name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
+    };
+    for (name, _) in env::vars_os().filter(|(name, _)| ours(name)) {
+        command.env_remove(name);
+    }
 }
 
 /// Runs a command that speaks for itself.
