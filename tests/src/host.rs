@@ -18,7 +18,7 @@ use bollard::{Docker, models::NetworkCreateRequest};
 
 pub use self::{
     container::{Container, ContainerSpec, Finished, Network},
-    daemon::{Daemon, DaemonOptions},
+    daemon::{Daemon, DaemonOptions, program},
     engine::Engine,
     image::{BUSYBOX, HOST},
     machine::{METADATA_V4, METADATA_V6, Machine},

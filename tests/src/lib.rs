@@ -9,3 +9,4 @@ pub mod host;
 pub mod imds;
 pub mod stage;
 pub mod sts;
+pub mod talk;

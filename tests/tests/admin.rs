@@ -4,7 +4,7 @@ use std::process::Output;
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::ContainerSpec,
+    host::{ContainerSpec, program},
     stage::{Stage, daemon_options, role_arn},
     sts,
 };
@@ -13,8 +13,7 @@ use serde_json::Value;
 const METRICS: &str = "127.0.0.1:9464";
 
 fn ask(stage: &Stage, arguments: &[&str]) -> Result<Output> {
-    let program =
-        std::env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN is not set; use `cargo xtask test`")?;
+    let program = program()?;
     stage.command(program).args(arguments).output().context("run the command")
 }
 

@@ -4,15 +4,14 @@ use std::process::Output;
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::TestHost,
+    host::{TestHost, program},
     stage::{self, daemon_options},
 };
 
 fn check(host: &TestHost, arguments: &[&str]) -> Result<Output> {
     let options = daemon_options();
     let socket = format!("unix://{}", host.engine().socket().display());
-    let program =
-        std::env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN is not set; use `cargo xtask test`")?;
+    let program = program()?;
     let mut command = host.command(program);
     command.arg("check").arg("--cgroup").arg(host.machine().inner_cgroup()).envs(options.env);
     if !arguments.contains(&"--docker-host") {

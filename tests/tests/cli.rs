@@ -1,9 +1,7 @@
 //! The program as an operator meets it: its help, its configuration, what it says when it cannot run, and its log.
 
 use std::{
-    env,
     fs::{self, File},
-    path::PathBuf,
     process::{Command, ExitStatus, Output},
     thread,
     time::{Duration, Instant},
@@ -11,19 +9,11 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, DaemonOptions, Machine, TestHost},
+    host::{Container, ContainerSpec, DaemonOptions, Machine, TestHost, program},
     imds::HOST_ROLE,
     stage::{STS_ENDPOINT, Stage, daemon_options, role_arn},
     sts::BASE_SECRET_KEY,
 };
-
-/// As the test host finds it.
-fn program() -> Result<String> {
-    let own = env::current_exe()?;
-    let built = own.ancestors().nth(2).context("no target directory")?.join("metadata-proxy");
-    let path = env::var_os("METADATA_PROXY_BIN").map_or(built, PathBuf::from);
-    Ok(std::path::absolute(path)?.display().to_string())
-}
 
 /// As a host process where there is no container engine.
 ///
@@ -285,7 +275,7 @@ async fn what_keeps_it_from_running_is_named_with_its_remedy() -> Result<()> {
         assert_says(&only_line(&output)?, words);
     }
 
-    let program = program()?;
+    let program = program()?.display().to_string();
     let shell = |script: &str| machine.command("timeout").args(["10", "sh", "-c", script, &program, &cgroup]).output();
     for capability in ["sys_admin", "net_admin", "sys_ptrace"] {
         let output = shell(&format!(r#"exec setpriv --bounding-set -{capability} "$0" run --cgroup "$1""#))?;

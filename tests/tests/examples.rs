@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use bollard::models::{HostConfig, HostConfigCgroupnsModeEnum};
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, Network, TestHost},
+    host::{Container, ContainerSpec, Network, TestHost, program},
     imds::HOST_INSTANCE,
     stage::{self, daemon_options, role_arn},
 };
@@ -35,7 +35,7 @@ fn texts(value: &Value) -> Vec<String> {
 /// The daemon's service of the compose file, on a test host: its engine instead of the machine's, a cgroup below which it
 /// has to stay, and what is built here.
 fn daemon_spec(host: &TestHost, service: &Value, arguments: &[&str]) -> Result<ContainerSpec> {
-    let binary = variable("METADATA_PROXY_BIN")?;
+    let binary = program()?.display().to_string();
     let mut command = texts(&service["command"]);
     let cgroup = host.machine().inner_cgroup().display().to_string();
     command.extend(["--cgroup".to_owned(), cgroup]);
@@ -158,7 +158,7 @@ exec setpriv --no-new-privs --inh-caps -all --bounding-set "$1" "$2" run --simul
     let mut daemon = host
         .command("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-c", HARDEN, "sh"])
-        .args([format!("-all{capabilities}"), variable("METADATA_PROXY_BIN")?])
+        .args([format!("-all{capabilities}"), program()?.display().to_string()])
         .arg(host.machine().inner_cgroup())
         .arg(format!("unix://{}", host.engine().socket().display()))
         .envs(daemon_options().env)

@@ -5,10 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use futures_util::future::try_join_all;
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, Daemon, Finished, Network},
+    host::{Container, ContainerSpec, Daemon, Finished, Network, program},
     imds::HOST_ROLE,
     stage::{Stage, daemon_options, role_arn},
     sts::Fault,
@@ -186,10 +186,7 @@ async fn a_second_daemon_takes_over_from_one_that_is_running() -> Result<()> {
 }
 
 async fn detach(stage: &Stage) -> Result<(Option<i32>, String)> {
-    let own = std::env::current_exe()?;
-    let built = own.ancestors().nth(2).context("no target directory")?.join("metadata-proxy");
-    let program = std::env::var_os("METADATA_PROXY_BIN").map_or(built, Into::into);
-    let output = stage.command(std::path::absolute(program)?).arg("detach").output()?;
+    let output = stage.command(program()?).arg("detach").output()?;
     Ok((output.status.code(), String::from_utf8(output.stderr)?))
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, HostOptions, TestHost},
+    host::{Container, ContainerSpec, HostOptions, TestHost, program},
     imds::HOST_ROLE,
     stage::{Stage, daemon_options},
     sts::Fault,
@@ -270,8 +270,7 @@ async fn told_in_the_end(container: &Container, expected: &str) -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn check_names_what_is_wrong_in_a_file() -> Result<()> {
     let ruled = Ruled::start(RULES).await?;
-    let program =
-        std::env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN is not set; use `cargo xtask test`")?;
+    let program = program()?;
     for (text, words) in [
         ("[[rule]]\nname = 'x'\n", ":1: a rule says allow"),
         ("\n[[rule]]\nallow = ['we b']\n", ":2: allow: "),

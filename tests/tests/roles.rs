@@ -11,7 +11,7 @@ use bollard::{
     query_parameters::{CommitContainerOptionsBuilder, RemoveImageOptionsBuilder},
 };
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, TestHost},
+    host::{Container, ContainerSpec, TestHost, program},
     stage::{Stage, daemon_options, role_arn},
 };
 
@@ -87,7 +87,7 @@ async fn a_container_whose_image_is_gone_gets_no_role_and_neither_the_default() 
 }
 
 fn explain(stage: &Stage, name: &str) -> Result<String> {
-    let program = std::env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN is not set")?;
+    let program = program()?;
     let output = stage.command(program).args(["explain", name]).output()?;
     Ok(String::from_utf8(output.stdout)?)
 }

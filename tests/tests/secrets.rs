@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
     bpf,
-    host::{Container, ContainerSpec, DaemonOptions, TestHost},
+    host::{Container, ContainerSpec, DaemonOptions, TestHost, program},
     stage::{Stage, daemon_options, role_arn},
     sts::{BASE_SECRET_KEY, Outcome},
 };
@@ -149,7 +149,7 @@ async fn secrets_are_in_the_answer_and_nowhere_else() -> Result<()> {
     ensure!(finds(answer.as_bytes(), issued.secret_key.as_bytes()) && found(answer.as_bytes()), "{answer}");
 
     records_reach(&audit, 1).await?;
-    let program = std::env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN is not set")?;
+    let program = program()?;
     let ask = |arguments: &[&str]| -> Result<Vec<u8>> {
         let output = stage.command(&program).args(arguments).output()?;
         Ok([output.stdout, output.stderr].concat())

@@ -4,7 +4,7 @@ use std::{path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, DaemonOptions, TestHost},
+    host::{Container, ContainerSpec, DaemonOptions, TestHost, program},
     stage::{STS_ENDPOINT, Stage, daemon_options, role_arn},
     sts::{BASE_ACCESS_KEY, BASE_SECRET_KEY},
 };
@@ -193,8 +193,7 @@ async fn cloud_init_takes_it_for_ec2() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn check_says_that_no_real_service_is_used() -> Result<()> {
     let stage = Stage::start_with(daemon_options().arg("--simulate")).await?;
-    let program =
-        std::env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN is not set; use `cargo xtask test`")?;
+    let program = program()?;
     let mut command: Command = stage.command(program);
     let socket = format!("unix://{}", stage.engine().socket().display());
     command.args(["check", "--simulate", "--docker-host", &socket, "--cgroup"]).arg(stage.machine().inner_cgroup());

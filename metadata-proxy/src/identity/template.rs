@@ -37,24 +37,52 @@ pub(crate) struct Template {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Part {
     Literal(String),
-    Value { name: &'static str, at_most: usize },
+    Value { field: Field, at_most: usize },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Field {
+    /// One of `NAMES`.
+    Named(&'static str),
+    Label(String),
+    Variable(String),
 }
 
 const NAMES: [&str; 8] =
     ["container.name", "container.id", "image", "compose.project", "compose.service", "ecs.task", "ecs.family", "host"];
 
-fn value<'a>(name: &str, container: &'a Container, host: &'a str) -> &'a str {
-    let label = |name: &str| container.labels.get(name).map(String::as_str).unwrap_or_default();
-    match name {
-        "container.name" => &container.name,
-        "container.id" => &container.id,
-        "image" => &container.image,
-        "compose.project" => label("com.docker.compose.project"),
-        "compose.service" => label("com.docker.compose.service"),
-        // The id at the end of the ARN.
-        "ecs.task" => label("com.amazonaws.ecs.task-arn").rsplit('/').next().unwrap_or_default(),
-        "ecs.family" => label("com.amazonaws.ecs.task-definition-family"),
-        _ => host,
+const ID: Field = Field::Named("container.id");
+
+impl Field {
+    fn parse(text: &str) -> Result<Self, String> {
+        if let Some(known) = NAMES.into_iter().find(|known| *known == text) {
+            return Ok(Self::Named(known));
+        }
+        match text.split_once('.') {
+            Some(("label", name)) if !name.is_empty() => Ok(Self::Label(name.to_owned())),
+            Some(("env", name)) if !name.is_empty() => Ok(Self::Variable(name.to_owned())),
+            _ => {
+                let known = NAMES.join("}, {");
+                Err(format!("there is no {{{text}}}, only {{{known}}}, {{label.NAME}}, {{env.NAME}}"))
+            }
+        }
+    }
+
+    fn value<'a>(&self, container: &'a Container, host: &'a str) -> &'a str {
+        let label = |name: &str| container.labels.get(name).map(String::as_str).unwrap_or_default();
+        match self {
+            Self::Label(name) => label(name),
+            Self::Variable(name) => container.env.get(name).map(String::as_str).unwrap_or_default(),
+            Self::Named("container.name") => &container.name,
+            Self::Named("container.id") => &container.id,
+            Self::Named("image") => &container.image,
+            Self::Named("compose.project") => label("com.docker.compose.project"),
+            Self::Named("compose.service") => label("com.docker.compose.service"),
+            // The id at the end of the ARN.
+            Self::Named("ecs.task") => label("com.amazonaws.ecs.task-arn").rsplit('/').next().unwrap_or_default(),
+            Self::Named("ecs.family") => label("com.amazonaws.ecs.task-definition-family"),
+            Self::Named(_) => host,
+        }
     }
 }
 
@@ -88,9 +116,9 @@ impl Template {
         for part in &self.parts {
             texts.push(match part {
                 Part::Literal(text) => (false, text.chars().collect()),
-                Part::Value { name, at_most } => {
-                    let value = value(name, container, host).chars().take(limit.min(*at_most));
-                    (*name != "container.id", value.map(allowed).collect())
+                Part::Value { field, at_most } => {
+                    let value = field.value(container, host).chars().take(limit.min(*at_most));
+                    (*field != ID, value.map(allowed).collect())
                 }
             });
         }
@@ -106,16 +134,15 @@ impl Template {
 }
 
 /// `name` or `name:length`.
-fn field_part(kind: Kind, field: &str) -> Result<Part, String> {
-    let (name, length) = field.split_once(':').map_or((field, None), |(name, length)| (name, Some(length)));
-    let known = NAMES.into_iter().find(|known| *known == name);
-    let name = known.ok_or_else(|| format!("there is no {{{name}}}, only {{{}}}", NAMES.join("}, {")))?;
+fn field_part(kind: Kind, text: &str) -> Result<Part, String> {
+    let (name, length) = text.split_once(':').map_or((text, None), |(name, length)| (name, Some(length)));
+    let field = Field::parse(name)?;
     let at_most = match length.map(str::parse) {
         None => kind.limit(),
         Some(Ok(length)) if length > 0 => length,
-        Some(_) => return Err(format!("{{{field}}}: behind the colon stands how many characters to keep")),
+        Some(_) => return Err(format!("{{{text}}}: behind the colon stands how many characters to keep")),
     };
-    Ok(Part::Value { name, at_most })
+    Ok(Part::Value { field, at_most })
 }
 
 #[cfg(test)]
@@ -130,7 +157,7 @@ mod tests {
             ("com.amazonaws.ecs.task-arn", "arn:aws:ecs:eu-west-1:123456789012:task/prod/0123abcd"),
             ("com.amazonaws.ecs.task-definition-family", "family"),
         ];
-        Template::parse(kind, text).unwrap().render(&container(name, &labels, &[]), "host-1")
+        Template::parse(kind, text).unwrap().render(&container(name, &labels, &[("WHO", "me")]), "host-1")
     }
 
     #[test]
@@ -140,6 +167,7 @@ mod tests {
         assert_eq!(name("{compose.project}.{compose.service}@{host}"), "shop.web@host-1");
         assert_eq!(name("{ecs.family}-{ecs.task}"), "family-0123abcd");
         assert_eq!(name("{container.id}"), "0123456789abcdef".repeat(4));
+        assert_eq!(name("{label.com.docker.compose.service:2}-{env.WHO}-{label.none}{env.none}"), "we-me-");
         assert_eq!(name("{image}"), "registry-app-1.2");
         assert_eq!(rendered(Kind::TagValue, "by {image}", "web"), "by registry/app:1.2");
     }
@@ -160,6 +188,7 @@ mod tests {
         for (text, expected) in [
             ("{container}", "there is no {container}, only {container.name}, "),
             ("{image", "a { without its }"),
+            ("{label.}", "there is no {label.}, only "),
             ("{container.id:x}", "how many characters"),
             ("{container.id:0}", "how many characters"),
             ("a/b", "the character '/'"),

@@ -19,7 +19,7 @@ use http_body_util::Full;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, Network},
+    host::{Container, ContainerSpec, Network, program},
     stage::{Stage, daemon_options, role_arn},
 };
 
@@ -100,8 +100,7 @@ async fn compare() -> Result<()> {
     let with = (as_host(&stage, "udp", CONNECTS)?, as_host(&stage, BARE, REQUESTS)?);
     let Stage { mut daemon, sts: _sts, imds: _imds, host } = stage;
     daemon.terminate(Duration::from_secs(10)).await?;
-    let program = env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN is not set; use `cargo xtask bench`")?;
-    ensure!(host.command(program).arg("detach").output()?.status.success(), "detach");
+    ensure!(host.command(program()?).arg("detach").output()?.status.success(), "detach");
     let run = |target: &str, count: usize| {
         measure(host.command(env::current_exe()?).args(["client", target, &count.to_string()]))
     };

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use metadata_proxy_tests::{
     clients::{Client, Programs},
-    host::{Container, ContainerSpec, Daemon, Network, TestHost},
+    host::{Container, ContainerSpec, Daemon, Network, TestHost, program},
     imds::{HOST_ROLE, Imds},
     stage::{self, Stage, daemon_options, role_arn},
 };
@@ -54,12 +54,8 @@ async fn tell(name: &str, test: impl Future<Output = Result<String>>) -> Result<
     result.map(drop)
 }
 
-fn daemon() -> Result<String> {
-    env::var("METADATA_PROXY_BIN").context("METADATA_PROXY_BIN does not name the daemon")
-}
-
 fn refuses(text: &str) -> Result<String> {
-    let output = Command::new(daemon()?).arg("run").stdin(Stdio::null()).output()?;
+    let output = Command::new(program()?).arg("run").stdin(Stdio::null()).output()?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let reason = said.lines().last().unwrap_or_default();
     ensure!(output.status.code() == Some(1), "{}: {said}", output.status);
@@ -237,7 +233,7 @@ async fn back(stage: &mut Stage) -> Result<String> {
 async fn detach(stage: &mut Stage) -> Result<String> {
     let status = stage.daemon.terminate(Duration::from_secs(30)).await?;
     ensure!(status.success(), "after SIGTERM the daemon ended with {status}");
-    let output = stage.command(daemon()?).arg("detach").output()?;
+    let output = stage.command(program()?).arg("detach").output()?;
     let removed = String::from_utf8_lossy(&output.stderr).lines().count();
     text(output)?;
     ensure!(!std::path::Path::new(PINS).exists(), "{PINS} is still there");

@@ -2,7 +2,6 @@
 
 use std::{
     env,
-    ffi::OsString,
     path::PathBuf,
     process::ExitStatus,
     sync::atomic::{AtomicU32, Ordering},
@@ -107,20 +106,19 @@ fn says_ready(log: &str) -> bool {
     log.split(|c: char| !c.is_alphanumeric()).any(|word| word == "ready")
 }
 
-/// Given by the environment, else built beside this program (`target/debug`) or above it (a test, in `target/debug/deps`).
-fn program() -> Result<OsString> {
+/// The program under test: given by the environment, else built beside this program (`target/debug`) or above it (a test, in
+/// `target/debug/deps`).
+pub fn program() -> Result<PathBuf> {
     if let Some(given) = env::var_os(PROGRAM_VARIABLE) {
         let path = std::path::absolute(given)?;
         ensure!(path.is_file(), "{PROGRAM_VARIABLE}={} is not a file", path.display());
-        return Ok(path.into());
+        return Ok(path);
     }
     let own = env::current_exe().context("finding the test's own path")?;
-    let candidates = own.ancestors().skip(1).take(2).map(|directory| directory.join(PROGRAM));
-    let found: Option<PathBuf> = candidates.into_iter().find(|path| path.is_file());
-    let found = found.with_context(|| {
-        format!("no {PROGRAM} beside {}: cargo xtask build, or set {PROGRAM_VARIABLE}", own.display())
-    })?;
-    Ok(found.into())
+    let mut candidates = own.ancestors().skip(1).take(2).map(|directory| directory.join(PROGRAM));
+    candidates
+        .find(|path| path.is_file())
+        .with_context(|| format!("no {PROGRAM} beside {}: cargo xtask build, or set {PROGRAM_VARIABLE}", own.display()))
 }
 
 #[cfg(test)]
