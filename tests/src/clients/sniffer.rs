@@ -147,7 +147,9 @@ fn hear(packet: &[u8], connections: &mut Vec<Connection>, by_port: &mut BTreeMap
             connections.push(Connection::default());
         }
     }
-    let connection = connections.get_mut(*by_port.get(&port)?)?;
+    let Some(connection) = by_port.get(&port).and_then(|at| connections.get_mut(*at)) else {
+        return Some(()); // begun before we listened
+    };
     let stream = if to_listener { &mut connection.requests } else { &mut connection.answers };
     if flags & SYN != 0 {
         stream.begin = sequence.wrapping_add(1);
