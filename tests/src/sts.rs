@@ -38,6 +38,8 @@ pub enum Fault {
     Throttle,
     /// `InternalFailure`, 500. Worth a retry.
     ServerError,
+    /// The same, and afterwards no fault.
+    ServerErrorOnce,
     /// The ordinary answer, late.
     Delay(Duration),
     /// No answer, ever, on an open connection.

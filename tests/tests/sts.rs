@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, DaemonOptions, TestHost},
+    host::{Container, ContainerSpec, DaemonOptions, TestHost, program},
     imds::HOST_IDENTITY,
-    stage::{STS_ENDPOINT, Stage, role_arn, start_imds, start_sts},
+    stage::{STS_ENDPOINT, Stage, daemon_options, role_arn, start_imds, start_sts},
     sts::{BASE_IDENTITY, BASE_SECRET_KEY, Call, Fault},
 };
 use tokio::time::sleep;
@@ -198,6 +198,39 @@ async fn throttling_and_errors_of_sts_are_tried_again() -> Result<()> {
         stage.assert_no_leak()?;
     }
     Ok(())
+}
+
+/// One lost answer is repeated by the SDK, within the same turn; all other patience is the daemon's.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_error_of_sts_is_nobodys_failure() -> Result<()> {
+    let stage = Stage::start().await?;
+    stage.sts.set_role_fault(&role_arn("lucky"), Some(Fault::ServerErrorOnce));
+    let container = idle(&stage, "lucky", "lucky").await?;
+    let answer = ask(&container, "lucky").await?;
+    ensure!(answer.status == 200, "{answer:?}");
+    let calls = stage.sts.assume_role_calls(&role_arn("lucky"));
+    let log = stage.daemon.log()?;
+    ensure!(calls == 2 && !log.contains("InternalFailure"), "{calls} calls, {log}");
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_region_without_sts_clients_are_told_to_try_again_and_the_operator_what_to_look_at() -> Result<()> {
+    let host = TestHost::start().await?;
+    let (imds, sts) = (start_imds(&host)?, start_sts(&host)?);
+    let mut options = daemon_options().env("AWS_REGION", "eu-nowhere-1");
+    options.env.retain(|(name, _)| name != "AWS_ENDPOINT_URL_STS");
+    let mut daemon = host.daemon(options)?;
+    daemon.wait_ready(Duration::from_secs(20)).await?;
+    let stage = Stage { daemon, sts, imds, host };
+    let container = idle(&stage, "lost", "lost").await?;
+    let answer = ask_until(&container, "", 503, Duration::from_secs(15)).await?;
+    ensure!(answer.body.is_empty(), "{answer:?}");
+    let output = stage.command(program()?).args(["explain", "lost"]).output()?;
+    let explained = String::from_utf8(output.stdout)?;
+    ensure!(explained.contains("check the network path to STS and AWS_ENDPOINT_URL_STS"), "{explained}");
+    ensure!(stage.sts.calls().is_empty(), "{:?}", stage.sts.calls());
+    stage.assert_no_leak()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -53,8 +53,14 @@ impl State {
         if call.action != "AssumeRole" {
             return (call, None);
         }
-        let of_role = call.parameters.get("RoleArn").and_then(|role| self.role_faults.get(role));
-        let fault = of_role.or(self.fault.as_ref()).cloned();
+        let role = call.parameters.get("RoleArn").cloned().unwrap_or_default();
+        let mut fault = self.role_faults.get(&role).or(self.fault.as_ref()).cloned();
+        if fault == Some(Fault::ServerErrorOnce) {
+            if self.role_faults.remove(&role).is_none() {
+                self.fault = None;
+            }
+            fault = Some(Fault::ServerError);
+        }
         (call, fault)
     }
 
@@ -63,7 +69,7 @@ impl State {
         let result = match fault {
             Some(Fault::Refuse) => Err(self.denied(call)),
             Some(Fault::Throttle) => Err(Refusal::new(StatusCode::BAD_REQUEST, "Throttling", "Rate exceeded")),
-            Some(Fault::ServerError) => {
+            Some(Fault::ServerError | Fault::ServerErrorOnce) => {
                 let message = "We encountered an internal error. Please try again.";
                 Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalFailure", message))
             }
