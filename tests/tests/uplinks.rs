@@ -16,6 +16,11 @@ fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+fn pins(host: &TestHost) -> Result<Vec<String>> {
+    let listed = host.command("ls").arg("/sys/fs/bpf/metadata-proxy/v1/uplinks").output()?;
+    Ok(String::from_utf8(listed.stdout)?.lines().map(str::to_owned).collect())
+}
+
 /// Writes ten frames with a UDP packet for the address, if asked with a VLAN tag of priority only.
 const FRAMES: &str = r#"
 import errno, socket, struct, sys, time
@@ -215,11 +220,7 @@ async fn an_interface_in_a_containers_own_network_is_guarded() -> Result<()> {
     }
 
     // The next daemon finds what is guarded, and forgets what is gone with its container.
-    let pins = || -> Result<Vec<String>> {
-        let listed = host.command("ls").arg("/sys/fs/bpf/metadata-proxy/v1/uplinks").output()?;
-        Ok(String::from_utf8(listed.stdout)?.lines().map(str::to_owned).collect())
-    };
-    ensure!(pins()?.len() == 3, "{:?}", pins()?);
+    ensure!(pins(&host)?.len() == 3, "{:?}", pins(&host)?);
     drop(second);
     let mut daemon = host.daemon(daemon_options())?;
     daemon.wait_ready(Duration::from_secs(20)).await?;
@@ -229,12 +230,12 @@ async fn an_interface_in_a_containers_own_network_is_guarded() -> Result<()> {
     old.remove().await?;
     new.remove().await?;
     for _ in 0..100 {
-        if pins()?.is_empty() {
+        if pins(&host)?.is_empty() {
             return Ok(());
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    anyhow::bail!("{:?} are left", pins()?)
+    anyhow::bail!("{:?} are left", pins(&host)?)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -248,5 +249,19 @@ async fn an_uplink_that_comes_later_is_guarded() -> Result<()> {
     run(host.command("ip").args(["link", "del", "late0"]))?;
     run(host.command("ip").args(["link", "add", "late0", "type", "veth", "peer", "name", "late1"]))?;
     let again = |log: &str| log.matches("guarding uplink late0").count() == 2;
-    daemon.wait_for("the guard of its successor", Duration::from_secs(5), again).await
+    daemon.wait_for("the guard of its successor", Duration::from_secs(5), again).await?;
+
+    // As the engine does with the host's end of a container's link: then it leads nowhere by itself.
+    let shown = host.command("ip").args(["-o", "link", "show", "late1"]).output()?;
+    let index = String::from_utf8(shown.stdout)?.split(':').next().unwrap_or_default().to_owned();
+    ensure!(pins(&host)?.contains(&index), "{index} is not among {:?}", pins(&host)?);
+    run(host.command("ip").args(["link", "add", "bridge9", "type", "bridge"]))?;
+    run(host.command("ip").args(["link", "set", "late1", "master", "bridge9"]))?;
+    for _ in 0..100 {
+        if !pins(&host)?.contains(&index) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    anyhow::bail!("{index} is still among {:?}", pins(&host)?)
 }

@@ -5,7 +5,7 @@
 //! themselves and have to be removed by hand.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     convert::Infallible,
     fmt,
     fs::{self, File},
@@ -104,11 +104,13 @@ impl Uplinks {
         Ok(())
     }
 
-    /// Removes the pins of devices that are gone.
-    fn remove_stale(&self) {
+    /// Removes the pins of devices that are gone, and of those that are `others` in the namespace of this prefix.
+    fn remove_stale(&self, prefix: &str, others: &HashSet<u32>) {
         for entry in fs::read_dir(self.pins.uplinks()).into_iter().flatten().flatten() {
-            let pin = entry.path();
-            if syscall::open_pin(&pin).and_then(|link| syscall::is_dead(link.as_fd())).is_ok_and(|dead| dead) {
+            let (pin, name) = (entry.path(), entry.file_name());
+            let index = name.to_str().and_then(|name| name.strip_prefix(prefix)?.parse().ok());
+            let dead = || syscall::open_pin(&pin).and_then(|link| syscall::is_dead(link.as_fd()));
+            if index.is_some_and(|index| others.contains(&index)) || dead().is_ok_and(|dead| dead) {
                 let _ = fs::remove_file(pin);
             }
         }
@@ -202,10 +204,10 @@ impl Place {
 
     /// Whether there was trouble; on a second look it is told.
     async fn attach_all(&mut self, handle: &Handle, second: bool) -> anyhow::Result<bool> {
-        let uplinks = list(handle, self.namespace.is_none()).await?;
+        let (uplinks, others) = list(handle, self.namespace.is_none()).await?;
         let mut troubled = false;
         self.attached.retain(|index, _| uplinks.contains_key(index));
-        self.uplinks.remove_stale();
+        self.uplinks.remove_stale(&self.prefix(), &others);
         for (index, name) in uplinks {
             if self.attached.get(&index) == Some(&name) {
                 continue;
@@ -228,9 +230,14 @@ impl Place {
     }
 
     async fn attach(&self, index: u32, name: String) -> anyhow::Result<()> {
-        let pin = self.namespace.as_ref().map_or_else(|| index.to_string(), |(_, cookie)| format!("{cookie}-{index}"));
+        let pin = format!("{}{index}", self.prefix());
         let uplinks = Arc::clone(&self.uplinks);
         self.run(move || uplinks.attach(&name, &pin)).await?
+    }
+
+    /// Of the names of its pins.
+    fn prefix(&self) -> String {
+        self.namespace.as_ref().map_or_else(String::new, |(_, cookie)| format!("{cookie}-"))
     }
 
     async fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
@@ -247,7 +254,7 @@ pub(super) async fn remove_filters() -> anyhow::Result<()> {
         let namespace = Arc::new(namespace);
         let (connection, handle, _) = worker.run_in(Some(Arc::clone(&namespace)), connect).await??;
         let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
-        for name in list(&handle, true).await?.into_values() {
+        for name in list(&handle, true).await?.0.into_values() {
             let remove = move || qdisc_detach_program(&name, TcAttachType::Egress, PROGRAM);
             // Most have none.
             let _ = worker.run_in(Some(Arc::clone(&namespace)), remove).await?;
@@ -256,10 +263,14 @@ pub(super) async fn remove_filters() -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn list(handle: &Handle, on_host: bool) -> anyhow::Result<Devices> {
+/// The uplinks, and the indices of the other devices.
+async fn list(handle: &Handle, on_host: bool) -> anyhow::Result<(Devices, HashSet<u32>)> {
     let links: Vec<LinkMessage> =
         handle.link().get().execute().try_collect().await.context("cannot list network devices")?;
-    Ok(links.iter().filter_map(|link| uplink(link, on_host)).collect())
+    let uplinks: Devices = links.iter().filter_map(|link| uplink(link, on_host)).collect();
+    let indices = links.iter().map(|link| link.header.index);
+    let others = indices.filter(|index| !uplinks.contains_key(index)).collect();
+    Ok((uplinks, others))
 }
 
 /// Ethernet devices by which frames can leave the host.
