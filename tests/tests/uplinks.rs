@@ -219,8 +219,19 @@ async fn an_interface_in_a_containers_own_network_is_guarded() -> Result<()> {
         ensure!(count == 0, "{count} frames left by {} after the daemon was killed", interface.name);
     }
 
-    // The next daemon finds what is guarded, and forgets what is gone with its container.
+    // One with another layout of its maps, that cannot know the containers yet, leaves them guarded.
     ensure!(pins(&host)?.len() == 3, "{:?}", pins(&host)?);
+    run(host.command("mv").args(["/sys/fs/bpf/metadata-proxy/v1", "/sys/fs/bpf/metadata-proxy/v0"]))?;
+    let mut upgraded = host.daemon(daemon_options().arg("--docker-host").arg("unix:///nowhere.sock"))?;
+    upgraded.wait_for("its attachment", Duration::from_secs(20), |log| log.contains("attached: ")).await?;
+    run(host.command("test").args(["!", "-e", "/sys/fs/bpf/metadata-proxy/v0"]))?;
+    for (interface, container) in [(&first, &old), (&second, &new), (&third, &new)] {
+        let count = interface.try_from(container).await?;
+        ensure!(count == 0, "{count} frames left by {} after an upgrade", interface.name);
+    }
+    upgraded.kill().await?;
+
+    // The next daemon finds what is guarded, and forgets what is gone with its container.
     drop(second);
     let mut daemon = host.daemon(daemon_options())?;
     daemon.wait_ready(Duration::from_secs(20)).await?;

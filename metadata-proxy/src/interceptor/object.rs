@@ -52,6 +52,19 @@ impl Pins {
         self.links.join(program)
     }
 
+    /// The guards of interfaces inside containers' namespaces, which are only guarded anew when the engine
+    /// has named the container: until then theirs stay.
+    fn adopt(&self, uplinks: &Path) {
+        for pin in fs::read_dir(uplinks).into_iter().flatten().flatten() {
+            let own = self.uplinks().join(pin.file_name());
+            if !own.exists()
+                && let Err(error) = fs::rename(pin.path(), &own)
+            {
+                warn!("cannot keep {}: {error}", pin.path().display());
+            }
+        }
+    }
+
     pub(super) fn uplinks(&self) -> PathBuf {
         self.version.join("uplinks")
     }
@@ -67,6 +80,7 @@ impl Pins {
             entries.filter(|path| !keep.contains(&path.as_path())).collect::<Vec<_>>()
         };
         let mut paths = stale(&self.root, &[&self.version]);
+        paths.iter().for_each(|version| self.adopt(&version.join("uplinks")));
         paths.extend(stale(&self.version, &[&self.links, &self.version.join("maps"), &self.uplinks()]));
         for path in paths {
             match fs::remove_dir_all(&path) {
