@@ -7,7 +7,8 @@ use metadata_proxy_tests::{
     clients::{
         Client, Programs,
         recording::{Recording, kept_answer},
-        scenarios, table,
+        scenarios::{self, Row},
+        table,
     },
     host::ContainerSpec,
     stage::{Stage, aws_config_client, role_arn},
@@ -53,18 +54,36 @@ fn kept(client: &str) -> Result<String> {
         .with_context(|| format!("read {}; make it: cargo xtask clients --record", file.display()))
 }
 
+/// Which of its connections a client takes is for its pool to say.
+fn same(one: &str, other: &str) -> bool {
+    let said = |text: &str| {
+        text.lines().filter(|line| !line.starts_with("# connection")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    said(one) == said(other)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_client_gets_its_own_role_in_every_scenario_and_sends_what_it_always_sent() -> Result<()> {
     let programs = Programs::from_env(aws_config_client()?)?;
     let clients: Vec<Client> = Client::every().collect();
-    let rows = scenarios::run(&programs, &clients).await?;
+    let mut rows = scenarios::run(&programs, &clients).await?;
+    // Clients have their own clocks and pools: on a busy machine one may time out, or take a second connection. Whoever
+    // does so twice has changed.
+    let doubtful =
+        |row: &Row| !row.good() || kept(row.client.name).map_or(true, |kept| !same(&kept, &row.recording.write()));
+    let again: Vec<Client> = rows.iter().filter(|row| doubtful(row)).map(|row| row.client).collect();
+    if !again.is_empty() {
+        eprint!("tried again: {}", table::print(&rows));
+        rows.retain(|row| !doubtful(row));
+        rows.extend(scenarios::run(&programs, &again).await?);
+    }
     let text = table::print(&rows);
     eprint!("{text}");
-    ensure!(rows.iter().all(scenarios::Row::good), "{text}");
+    ensure!(rows.iter().all(Row::good), "{text}");
     for row in &rows {
         let (kept, sent) = (kept(row.client.name)?, row.recording.write());
         ensure!(
-            kept == sent,
+            same(&kept, &sent),
             "{} no longer says or hears what is kept; if that is right: cargo xtask clients --record {0}\nkept:\n{kept}\nnow:\n{sent}",
             row.client.name
         );
