@@ -97,8 +97,15 @@ seen["third request"] = status(second)
 for sock in (first, second): sock.close()
 time.sleep(0.2)
 
-socks = [connect(get(ROLES)) for _ in range(5)]
-seen["connections"] = [status(sock) for sock in socks]
+# One after the other, for one request at a time is the limit, too; a connection too many is closed unasked.
+socks = [connect() for _ in range(5)]
+def ask(sock):
+    try:
+        sock.sendall(get(ROLES))
+    except OSError:
+        return "closed"
+    return status(sock)
+seen["connections"] = [ask(sock) for sock in socks]
 for sock in socks: sock.close()
 time.sleep(0.2)
 seen["afterwards"] = status(connect(get(ROLES)))
@@ -110,7 +117,7 @@ async fn limits_are_the_operators_and_each_refusal_is_counted() -> Result<()> {
     let limits = "[limits]\nconnections = 3\nrequests = 1\nhead-size = 16384\nheaders = 100\nhead-timeout = '700ms'\n";
     let stage = start(limits).await?;
     let (web, api) = tokio::try_join!(resident(&stage, "web"), resident(&stage, "api"))?;
-    stage.imds.set_fault(Some(Fault::Delay(Duration::from_millis(400))));
+    stage.imds.set_fault(Some(Fault::Delay(Duration::from_secs(1))));
     let seen: serde_json::Value = serde_json::from_str(&python(&web, EXCEED, "").await?)?;
     for (what, expected) in [
         ("headers", 200.into()),
@@ -128,7 +135,7 @@ async fn limits_are_the_operators_and_each_refusal_is_counted() -> Result<()> {
         assert_eq!(seen[what], expected, "{what} in {seen:#}");
     }
     let waited = seen["after ms"].as_u64().context("no time")?;
-    assert!((650..1500).contains(&waited), "{waited} ms");
+    assert!((650..5000).contains(&waited), "{waited} ms");
     let expected = [("connections", 2), ("head_size", 2), ("head_timeout", 1), ("malformed", 1), ("requests", 1)];
     assert_eq!(refused(&stage)?, expected.map(|(reason, count)| (reason.to_owned(), count)).into());
 
