@@ -23,6 +23,7 @@ mod netns;
 mod server;
 mod token_key;
 mod upstream;
+mod wildcard;
 mod workload;
 
 use std::process::ExitCode;

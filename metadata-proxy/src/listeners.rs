@@ -45,14 +45,12 @@ pub(crate) struct Listeners {
     /// Has the devices of a namespace guarded for as long as we listen there.
     guard: Box<dyn Fn(Arc<File>, u64) -> Option<Guard> + Send + Sync>,
     taken: Arc<Taken>,
-    /// What the daemon before us has published. Connections that have been held since it ended wait for
-    /// its very ports.
-    ports: Arc<HashMap<u64, u16>>,
     open: Mutex<HashMap<u64, Open>>,
     /// Namespaces for which the kernel has asked and that are being seen to.
     opening: Mutex<HashSet<u64>>,
-    /// Of these, those of which we do not know whether anybody needs them.
-    inherited: Mutex<HashMap<u64, u16>>,
+    /// What the daemon before us has published, until whoever needs it has got ours. Connections that have been held
+    /// since it ended wait for its very ports.
+    inherited: Arc<Mutex<HashMap<u64, u16>>>,
     connections: mpsc::Sender<Connection>,
     tasks: TaskTracker,
     /// Of connections that come to nothing.
@@ -85,11 +83,10 @@ impl Listeners {
         guard: impl Fn(Arc<File>, u64) -> Option<Guard> + Send + Sync + 'static,
         connections: mpsc::Sender<Connection>,
     ) -> Arc<Self> {
-        let ports = Arc::new(interceptor.listeners());
-        let inherited = Mutex::new(HashMap::clone(&ports));
+        let inherited = Arc::new(Mutex::new(interceptor.listeners()));
         let (open, opening, taken, tasks, log) = Default::default();
         let guard = Box::new(guard);
-        Arc::new(Self { interceptor, worker, guard, taken, ports, open, opening, inherited, connections, tasks, log })
+        Arc::new(Self { interceptor, worker, guard, taken, open, opening, inherited, connections, tasks, log })
     }
 
     /// Opens listeners as the kernel asks for them, until the ring buffer fails.
@@ -135,9 +132,10 @@ impl Listeners {
     }
 
     async fn open_in(&self, namespace: Arc<File>) -> anyhow::Result<Opened> {
-        let (taken, ports, interceptor) =
-            (Arc::clone(&self.taken), Arc::clone(&self.ports), Arc::clone(&self.interceptor));
-        self.worker.run_in(Some(namespace), move || taken.open(&ports, &interceptor)).await?
+        let (taken, inherited, interceptor) =
+            (Arc::clone(&self.taken), Arc::clone(&self.inherited), Arc::clone(&self.interceptor));
+        let port = move |netns| inherited.lock().unwrap_or_else(PoisonError::into_inner).get(&netns).copied();
+        self.worker.run_in(Some(namespace), move || taken.open(port, &interceptor)).await?
     }
 
     fn add(

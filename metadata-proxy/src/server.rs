@@ -129,7 +129,7 @@ impl Server {
             debug!(cgroup, "refused a request over the limit of {}", self.limits.requests);
             return response::empty(StatusCode::SERVICE_UNAVAILABLE, Timestamp::now()).map(Body::from);
         };
-        self.answer(request, peer).await.map(|body| body.of(Some(entered)))
+        self.answer(request, peer).await.map(|body| body.of(entered))
     }
 
     async fn answer(&self, request: Request<Incoming>, peer: &Peer) -> Response<Body> {

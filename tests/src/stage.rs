@@ -1,6 +1,6 @@
 //! A test host with the stand-ins and the daemon on it: what most tests begin with.
 
-use std::{ops::Deref, path::PathBuf, time::Duration};
+use std::{fs, ops::Deref, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -58,6 +58,13 @@ impl Stage {
         Ok(Self { daemon, sts, imds, host })
     }
 
+    /// With a configuration file.
+    pub async fn configured(options: DaemonOptions, config: &str) -> Result<Self> {
+        let host = TestHost::start().await?;
+        let options = with_config(&host, options, config)?;
+        Self::on(host, options).await
+    }
+
     /// Ends the daemon and starts another, as an operator's restart.
     pub async fn replace_daemon(&mut self, options: DaemonOptions) -> Result<()> {
         self.daemon.terminate(Duration::from_secs(15)).await?;
@@ -110,6 +117,18 @@ pub fn daemon_options() -> DaemonOptions {
         .env("AWS_ACCESS_KEY_ID", BASE_ACCESS_KEY)
         .env("AWS_SECRET_ACCESS_KEY", BASE_SECRET_KEY)
         .env("METADATA_PROXY_LOG", "info,metadata_proxy=debug")
+}
+
+/// The host's configuration file.
+pub fn config_file(host: &TestHost) -> PathBuf {
+    host.directory().join("config.toml")
+}
+
+/// Writes it for a daemon that is to be started with it.
+pub fn with_config(host: &TestHost, options: DaemonOptions, config: &str) -> Result<DaemonOptions> {
+    let file = config_file(host);
+    fs::write(&file, config).with_context(|| format!("write {}", file.display()))?;
+    Ok(options.arg("--config").arg(file.display().to_string()))
 }
 
 /// The `aws-config-client` beside the running program, or one folder up from a test.

@@ -188,7 +188,7 @@ pub fn with_token(path: &str, token: &str) -> Plan {
 
 /// A container that waits for commands.
 pub async fn resident(stage: &Stage, name: &str, role: Option<String>) -> Result<Container> {
-    let mut spec = ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]);
+    let mut spec = ContainerSpec::resident(name);
     if let Some(role) = role {
         spec = spec.label("metadata-proxy.role", &role);
     }

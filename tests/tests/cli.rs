@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
     host::{Container, ContainerSpec, DaemonOptions, Machine, TestHost, program},
     imds::HOST_ROLE,
-    stage::{STS_ENDPOINT, Stage, daemon_options, role_arn},
+    stage::{STS_ENDPOINT, Stage, daemon_options, role_arn, with_config},
     sts::BASE_SECRET_KEY,
 };
 
@@ -224,14 +224,11 @@ async fn role_of(container: &Container) -> Result<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn flags_win_over_the_environment_and_that_over_the_file() -> Result<()> {
     let mut stage = Stage::start().await?;
-    let plain = stage.run(ContainerSpec::on_host("plain", ["/usr/bin/sleep", "600"])).await?;
-    let file = stage.directory().join("config.toml");
-    fs::write(&file, format!("default-role = '{}'\nlog = 'error'\nlog-format = 'json'\n", role_arn("from-file")))?;
+    let plain = stage.run(ContainerSpec::resident("plain")).await?;
+    let config = format!("default-role = '{}'\nlog = 'error'\nlog-format = 'json'\n", role_arn("from-file"));
     // `ready` is said at the level info.
-    let with_file = || {
-        let options = daemon_options().arg("--config").arg(file.display().to_string());
-        options.env("METADATA_PROXY_LOG", "info")
-    };
+    let options = with_config(&stage, daemon_options().env("METADATA_PROXY_LOG", "info"), &config)?;
+    let with_file = || options.clone();
     stage.replace_daemon(with_file()).await?;
     assert_eq!(role_of(&plain).await?, "from-file");
     assert!(stage.daemon.log()?.starts_with('{'));
@@ -310,7 +307,7 @@ async fn a_bpffs_is_mounted_where_there_is_none() -> Result<()> {
     assert!(String::from_utf8(listed.stdout)?.starts_with('v'));
     let mounted = stage.command("findmnt").args(["-no", "FSTYPE", &bpffs]).output()?;
     assert_eq!(String::from_utf8(mounted.stdout)?.trim(), "bpf");
-    let plain = stage.run(ContainerSpec::on_host("plain", ["/usr/bin/sleep", "600"])).await?;
+    let plain = stage.run(ContainerSpec::resident("plain")).await?;
     assert!(role_of(&plain).await?.contains("404"));
     stage.assert_no_leak()?;
 
@@ -329,7 +326,7 @@ async fn told(stage: &mut Stage, what: &str) -> Result<()> {
 async fn the_log_is_json_where_asked_and_has_the_programs_own_lines() -> Result<()> {
     let options = |level: &str| daemon_options().arg("--log-format").arg("json").env("METADATA_PROXY_LOG", level);
     let mut stage = Stage::start_with(options("debug")).await?;
-    let spec = ContainerSpec::on_host("web", ["/usr/bin/sleep", "600"]);
+    let spec = ContainerSpec::resident("web");
     let web = stage.run(spec.label("metadata-proxy.role", &role_arn("web"))).await?;
     assert_eq!(role_of(&web).await?, "web");
     told(&mut stage, "redirected cgroup").await?;
@@ -364,7 +361,7 @@ async fn no_secret_is_ever_logged() -> Result<()> {
             DaemonOptions::default().env("AWS_ENDPOINT_URL_STS", STS_ENDPOINT).env("AWS_REGION", "eu-west-1")
         };
         let mut stage = Stage::start_with(options.env("METADATA_PROXY_LOG", "trace")).await?;
-        let spec = ContainerSpec::on_host("web", ["/usr/bin/sleep", "600"]);
+        let spec = ContainerSpec::resident("web");
         let web = stage.run(spec.label("metadata-proxy.role", &role_arn("web"))).await?;
         let script = r#"
             set -eu

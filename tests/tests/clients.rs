@@ -97,7 +97,7 @@ async fn what_clients_have_sent_is_answered_as_it_always_was() -> Result<()> {
     let mut replayed = 0;
     for client in Client::every() {
         let Recording(kept) = Recording::read(&kept(client.name)?);
-        let spec = ContainerSpec::on_host(client.name, ["/usr/bin/sleep", "600"]);
+        let spec = ContainerSpec::resident(client.name);
         let container = stage.run(spec.label("metadata-proxy.role", &role_arn(client.name))).await?;
         let latin = |bytes: &[u8]| bytes.iter().map(|byte| char::from(*byte)).collect::<String>();
         let requests: Vec<Vec<String>> =

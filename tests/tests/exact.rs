@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
     clients::{Client, Programs},
-    host::{Container, ContainerSpec, Network},
+    host::{Container, Network},
     stage::{Stage, aws_config_client, client_spec, daemon_options, report, role_arn},
+    talk::web,
 };
 
 /// Status and body of a request, by curl.
@@ -25,11 +26,6 @@ async fn token(container: &Container, ttl: u32) -> Result<String> {
     let (status, token) = curl(container, &["-X", "PUT", "-H", &ttl, TOKEN]).await?;
     ensure!(status == "200", "{status}");
     Ok(format!("X-aws-ec2-metadata-token: {token}"))
-}
-
-async fn web(stage: &Stage) -> Result<Container> {
-    let spec = ContainerSpec::on_host("web", ["/usr/bin/sleep", "600"]);
-    stage.run(spec.label("metadata-proxy.role", &role_arn("web"))).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

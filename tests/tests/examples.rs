@@ -77,7 +77,7 @@ async fn until_ready(daemon: &Container) -> Result<()> {
 }
 
 async fn app(host: &TestHost, name: &str) -> Result<Container> {
-    let spec = ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]);
+    let spec = ContainerSpec::resident(name);
     host.run(spec.label("metadata-proxy.role", &role_arn("app"))).await
 }
 

@@ -19,7 +19,7 @@ const READY: Duration = Duration::from_secs(20);
 
 /// A container that waits for commands, with the role of its own name.
 async fn resident(stage: &Stage, name: &str, network: Network) -> Result<Container> {
-    let spec = ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]).network(network);
+    let spec = ContainerSpec::resident(name).network(network);
     stage.run(spec.label("metadata-proxy.role", &role_arn(name))).await
 }
 

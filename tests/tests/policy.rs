@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
     host::{Container, ContainerSpec, HostOptions, TestHost, program},
     imds::HOST_ROLE,
-    stage::{Stage, daemon_options},
+    stage::{Stage, config_file, daemon_options, with_config},
     sts::Fault,
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -31,11 +31,9 @@ impl Ruled {
     }
 
     async fn on(host: TestHost, rules: &str) -> Result<Self> {
-        let file = host.directory().join("config.toml");
-        fs::write(&file, rules)?;
         let base = daemon_options().arg("--role-base").arg("arn:aws:iam::123456789012:role/");
-        let stage = Stage::on(host, base.arg("--config").arg(file.display().to_string())).await?;
-        Ok(Self { stage, file })
+        let (file, options) = (config_file(&host), with_config(&host, base, rules)?);
+        Ok(Self { stage: Stage::on(host, options).await?, file })
     }
 
     /// Another file, and SIGHUP; until the daemon has said `word` once more.
@@ -48,7 +46,7 @@ impl Ruled {
     }
 
     async fn idle(&self, name: &str, labels: &[(&str, &str)]) -> Result<Container> {
-        let spec = ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]);
+        let spec = ContainerSpec::resident(name);
         self.stage.run(labels.iter().fold(spec, |spec, (label, value)| spec.label(label, value))).await
     }
 }
@@ -79,7 +77,7 @@ async fn rules_match_on_whose_user_namespace_a_container_has() -> Result<()> {
         ("host-web", Some("host"), "web", "404"),
         ("host-agent", Some("host"), "agent", "agent"),
     ] {
-        let mut spec = ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]).label(ROLE_LABEL, role);
+        let mut spec = ContainerSpec::resident(name).label(ROLE_LABEL, role);
         spec.host_config.userns_mode = userns_mode.map(str::to_owned);
         let container = ruled.stage.run(spec).await?;
         let own =
@@ -168,7 +166,7 @@ async fn the_first_rule_that_matches_decides() -> Result<()> {
     ] {
         assert_role(&ruled.idle(name, labels).await?, expected).await?;
     }
-    let spec = ContainerSpec::on_host("agent", ["/usr/bin/sleep", "600"]).label(ROLE_LABEL, "agent");
+    let spec = ContainerSpec::resident("agent").label(ROLE_LABEL, "agent");
     let agent = ruled.stage.run(spec.network(metadata_proxy_tests::host::Network::Host)).await?;
     assert_role(&agent, "agent").await?;
     let log = ruled.stage.daemon.log()?;

@@ -19,7 +19,7 @@ const ROLE_LABEL: &str = "metadata-proxy.role";
 const ROLE_LIST: &str = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
 
 fn idle(name: &str) -> ContainerSpec {
-    ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"])
+    ContainerSpec::resident(name)
 }
 
 /// Status and body of the role list, once it is something other than "not now".

@@ -29,7 +29,7 @@ async fn stage_with_audit(options: DaemonOptions) -> Result<(Stage, PathBuf)> {
 }
 
 async fn web(stage: &Stage) -> Result<Container> {
-    let spec = ContainerSpec::on_host("web", ["/usr/bin/sleep", "600"]);
+    let spec = ContainerSpec::resident("web");
     stage.run(spec.label("metadata-proxy.role", &role_arn("web"))).await
 }
 
@@ -134,7 +134,7 @@ async fn secrets_are_in_the_answer_and_nowhere_else() -> Result<()> {
     let web = web(&stage).await?;
     let answer = hand_out(&web).await?;
     stage.sts.set_role_fault(&role_arn("refused"), Some(metadata_proxy_tests::sts::Fault::Refuse));
-    let spec = ContainerSpec::on_host("refused", ["/usr/bin/sleep", "600"]);
+    let spec = ContainerSpec::resident("refused");
     stage.run(spec.label("metadata-proxy.role", &role_arn("refused"))).await?;
     let key = serde_json::from_str::<Value>(&answer)?["AccessKeyId"].as_str().context("no key")?.to_owned();
     let issued = stage.sts.issued(&key).context("a key from nowhere")?;

@@ -43,14 +43,11 @@ async fn curl(container: &Container, paths: &[&str]) -> Result<Vec<(String, Stri
 }
 
 async fn start(settings: &str) -> Result<Stage> {
-    let host = TestHost::start().await?;
-    let config = host.directory().join("config.toml");
-    std::fs::write(&config, settings)?;
-    Stage::on(host, daemon_options().arg("--config").arg(config.display().to_string())).await
+    Stage::configured(daemon_options(), settings).await
 }
 
 async fn resident(stage: &Stage, name: &str, role: Option<&str>) -> Result<Container> {
-    let mut spec = ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]);
+    let mut spec = ContainerSpec::resident(name);
     if let Some(role) = role {
         spec = spec.label("metadata-proxy.role", &role_arn(role));
     }
@@ -136,7 +133,7 @@ async fn roles_are_assumed_with_the_developers_profile() -> Result<()> {
     let options = DaemonOptions::default().arg("--simulate").env("AWS_PROFILE", "dev");
     let options = options.env("AWS_CONFIG_FILE", config.display().to_string());
     let stage = Stage::on(host, options.env("AWS_SHARED_CREDENTIALS_FILE", credentials.display().to_string())).await?;
-    let spec = ContainerSpec::on_host("app", ["/usr/bin/sleep", "600"]).env("IAM_ROLE", &role_arn("app"));
+    let spec = ContainerSpec::resident("app").env("IAM_ROLE", &role_arn("app"));
     let app = stage.run(spec).await?;
     let paths = ["/latest/meta-data/iam/security-credentials/", "/latest/meta-data/iam/security-credentials/app"];
     let answers = curl(&app, &paths).await?;

@@ -48,7 +48,7 @@ impl Answer {
 
 /// A container of this name, with the role of this name, that does nothing by itself.
 async fn idle(stage: &Stage, name: &str, role: &str) -> Result<Container> {
-    stage.run(ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]).label(ROLE_LABEL, &role_arn(role))).await
+    stage.run(ContainerSpec::resident(name).label(ROLE_LABEL, &role_arn(role))).await
 }
 
 /// One request of a container.

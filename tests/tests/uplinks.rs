@@ -189,7 +189,7 @@ impl Drop for Interface {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interface_in_a_containers_own_network_is_guarded() -> Result<()> {
     let host = TestHost::start().await?;
-    let task = |name: &'static str| ContainerSpec::on_host(name, ["/usr/bin/sleep", "600"]).network(Network::None);
+    let task = |name: &'static str| ContainerSpec::resident(name).network(Network::None);
     let old = host.run(task("old")).await?;
     let first = Interface::make(&host, "eni1").await?;
     first.give_to(&host, &old).await?;

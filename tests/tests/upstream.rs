@@ -12,7 +12,8 @@ use anyhow::{Context as _, Result};
 use metadata_proxy_tests::{
     host::{Container, ContainerSpec},
     imds::{Fault, HOST_ACCESS_KEY_PREFIX, HOST_INSTANCE},
-    stage::{Stage, daemon_options, role_arn},
+    stage::{Stage, daemon_options, with_config},
+    talk::web,
 };
 use serde::Deserialize;
 
@@ -86,12 +87,6 @@ fn statuses(answers: &[Answer]) -> Vec<u16> {
     answers.iter().map(|answer| answer.status).collect()
 }
 
-/// A container with a role that waits for commands.
-async fn web(stage: &Stage) -> Result<Container> {
-    let spec = ContainerSpec::on_host("web", ["/usr/bin/sleep", "600"]);
-    stage.run(spec.label("metadata-proxy.role", &role_arn("web"))).await
-}
-
 const INSTANCE: &str = "/latest/meta-data/instance-id";
 /// It may change, so it is asked for each time.
 const ADDRESS: &str = "/latest/meta-data/local-ipv4";
@@ -145,7 +140,7 @@ async fn allowed_documents_come_from_the_real_service() -> Result<()> {
 async fn listings_show_what_can_be_asked_for_and_nothing_else() -> Result<()> {
     let stage = Stage::start().await?;
     let web = web(&stage).await?;
-    let plain = stage.run(ContainerSpec::on_host("plain", ["/usr/bin/sleep", "600"])).await?;
+    let plain = stage.run(ContainerSpec::resident("plain")).await?;
     let paths = [
         "/latest/meta-data/",
         "/latest/meta-data",
@@ -241,12 +236,9 @@ async fn what_reveals_the_host_is_denied_unless_opted_in() -> Result<()> {
     assert!(answers[0].body.ends_with("user data of the host\n"), "{answers:?}");
     assert_eq!(answers[1].body, "dynamic\nmeta-data\nuser-data");
 
-    let file = stage.directory().join("config.toml");
-    std::fs::write(
-        &file,
-        "[upstream]\nallow = ['meta-data/tags/instance/Name']\ndeny = ['meta-data/mac', 'meta-data/network/**']\n",
-    )?;
-    stage.replace_daemon(daemon_options().arg("--config").arg(file.display().to_string())).await?;
+    let config =
+        "[upstream]\nallow = ['meta-data/tags/instance/Name']\ndeny = ['meta-data/mac', 'meta-data/network/**']\n";
+    stage.replace_daemon(with_config(&stage, daemon_options(), config)?).await?;
     let paths = [
         "/latest/meta-data/tags/instance/Name",
         "/latest/meta-data/tags/instance/",
@@ -269,11 +261,8 @@ async fn what_reveals_the_host_is_denied_unless_opted_in() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_spelling_leads_to_the_credentials_of_the_host() -> Result<()> {
     // With everything opted in that can be.
-    let mut stage = Stage::start().await?;
-    let file = stage.directory().join("config.toml");
     let allow = "allow = ['meta-data/tags/**', 'meta-data/public-keys/**', 'meta-data/elastic-*/**', 'user-data']";
-    std::fs::write(&file, format!("[upstream]\n{allow}\n"))?;
-    stage.replace_daemon(daemon_options().arg("--config").arg(file.display().to_string())).await?;
+    let stage = Stage::configured(daemon_options(), &format!("[upstream]\n{allow}\n")).await?;
     let web = web(&stage).await?;
 
     let trees = [
@@ -509,7 +498,7 @@ async fn a_slow_real_service_is_given_up_and_holds_nobody_else_up() -> Result<()
 async fn with_upstream_disabled_there_is_nothing_but_iam() -> Result<()> {
     let stage = Stage::start_with(daemon_options().arg("--disable-upstream")).await?;
     let web = web(&stage).await?;
-    let plain = stage.run(ContainerSpec::on_host("plain", ["/usr/bin/sleep", "600"])).await?;
+    let plain = stage.run(ContainerSpec::resident("plain")).await?;
     let listed =
         ["/", "/latest", "/latest/", "/latest/meta-data", "/latest/meta-data/", "/latest/meta-data/iam/", ROLES];
     let answers = ask(&web, &[], &listed).await?;

@@ -147,7 +147,7 @@ async fn start(script: Script) -> Result<(Stage, Service, Container)> {
     let endpoint = daemon_options().arg("--imds-endpoint").arg(format!("http://{ADDRESS}"));
     let stage = Stage::start_with(endpoint.arg("--allow-user-data")).await?;
     let service = Service::start(&stage, script)?;
-    let spec = ContainerSpec::on_host("web", ["/usr/bin/sleep", "600"]);
+    let spec = ContainerSpec::resident("web");
     let web = stage.run(spec.label("metadata-proxy.role", &role_arn("web"))).await?;
     Ok((stage, service, web))
 }
@@ -306,7 +306,7 @@ async fn many_at_once_share_one_session() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_never_changes_is_asked_once_and_everything_else_each_time() -> Result<()> {
     let stage = Stage::start().await?;
-    let web = stage.run(ContainerSpec::on_host("web", ["/usr/bin/sleep", "600"])).await?;
+    let web = stage.run(ContainerSpec::resident("web")).await?;
     let constant = [
         "/latest/meta-data/instance-id",
         "/latest/meta-data/placement/availability-zone",

@@ -10,22 +10,28 @@ const TESTS: &str = "metadata-proxy-tests";
 
 /// A program of the tests that shows something, on a hermetic test host.
 pub(crate) fn show(program: &str) -> anyhow::Result<()> {
+    run(&mut shower(program)?)
+}
+
+fn shower(program: &str) -> anyhow::Result<Command> {
     install::docker_engine()?;
     let daemon = build::daemon(false)?;
     run(cargo().args(["build", "--quiet", "--package", TESTS, "--bins"]))?;
-    run(Command::new(build::binary("debug", program)?).env("METADATA_PROXY_BIN", daemon))
+    let mut shower = Command::new(build::binary("debug", program)?);
+    shower.env("METADATA_PROXY_BIN", daemon);
+    Ok(shower)
 }
 
 /// Every real client, see the program of that name.
 pub(crate) fn clients(names: Vec<OsString>, record: bool) -> anyhow::Result<()> {
-    install::docker_engine()?;
-    let (python, js, further) = (install::python_clients()?, install::js_clients()?, install::further_clients()?);
-    let daemon = build::daemon(false)?;
-    run(cargo().args(["build", "--quiet", "--package", TESTS, "--bins"]))?;
-    let mut clients = Command::new(build::binary("debug", "clients")?);
-    clients.args(names).args(record.then_some("--record")).env("METADATA_PROXY_BIN", daemon);
-    clients.env("METADATA_PROXY_PYTHON_CLIENTS", python).env("METADATA_PROXY_JS_CLIENTS", js);
-    run(clients.env("METADATA_PROXY_FURTHER_CLIENTS", further))
+    run(with_clients(&mut shower("clients")?)?.args(names).args(record.then_some("--record")))
+}
+
+/// For what starts the real clients.
+fn with_clients(command: &mut Command) -> anyhow::Result<&mut Command> {
+    command.env("METADATA_PROXY_PYTHON_CLIENTS", install::python_clients()?);
+    command.env("METADATA_PROXY_JS_CLIENTS", install::js_clients()?);
+    Ok(command.env("METADATA_PROXY_FURTHER_CLIENTS", install::further_clients()?))
 }
 
 /// As `show`, but optimised: only then do the figures mean something.
@@ -50,17 +56,13 @@ pub(crate) fn simulate_fleet() -> anyhow::Result<()> {
 
 pub(crate) fn all(filter: Option<&str>) -> anyhow::Result<()> {
     install::docker_engine()?;
-    let (python, js, cloud_init) = (install::python_clients()?, install::js_clients()?, install::cloud_init()?);
-    let further = install::further_clients()?;
     let daemon = build::daemon(false)?;
     // The whole workspace: unit tests stand beside their code, end-to-end tests in `tests`. The build
     // of the package's programs comes along, which the containers run.
     let mut tests = cargo();
     tests.args(["test", "--workspace", "--bins", "--lib", "--tests"]).args(filter).args(["--", THREADS]);
-    tests.env("METADATA_PROXY_BIN", daemon);
-    tests.env("METADATA_PROXY_PYTHON_CLIENTS", python).env("METADATA_PROXY_JS_CLIENTS", js);
-    tests.env("METADATA_PROXY_CLOUD_INIT", cloud_init).env("METADATA_PROXY_FURTHER_CLIENTS", further);
-    run(&mut tests)
+    tests.env("METADATA_PROXY_BIN", daemon).env("METADATA_PROXY_CLOUD_INIT", install::cloud_init()?);
+    run(with_clients(&mut tests)?)
 }
 
 pub(crate) fn lint() -> anyhow::Result<()> {

@@ -162,14 +162,7 @@ impl fmt::Display for Place {
 impl Place {
     async fn follow(&mut self, mut watch: Option<Watch>) -> Infallible {
         loop {
-            let ended = match watch.take() {
-                Some(watch) => self.keep(watch).await,
-                None => match self.watch().await {
-                    Ok(watch) => self.keep(watch).await,
-                    Err(error) => Err(error),
-                },
-            };
-            let Err(error) = ended;
+            let Err(error) = self.keep(watch.take()).await;
             warn!(
                 "cannot follow the network devices{self}, whose new uplinks are not guarded: {error:#}; trying again"
             );
@@ -187,7 +180,11 @@ impl Place {
         Ok(watch)
     }
 
-    async fn keep(&mut self, mut watch: Watch) -> anyhow::Result<Infallible> {
+    async fn keep(&mut self, watch: Option<Watch>) -> anyhow::Result<Infallible> {
+        let mut watch = match watch {
+            Some(watch) => watch,
+            None => self.watch().await?,
+        };
         loop {
             // What has changed, the next look tells; and a device with which there was trouble gets a
             // second one, for it may have been about to go.

@@ -1,7 +1,7 @@
 //! A listener's socket in the network namespace that the calling thread is in.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     net::{Ipv4Addr, SocketAddrV4, TcpListener},
     os::fd::OwnedFd,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -26,8 +26,8 @@ pub(super) enum Opened {
 pub(super) struct Taken(Mutex<HashSet<u64>>);
 
 impl Taken {
-    /// `ports` are tried first, by namespace.
-    pub(super) fn open(&self, ports: &HashMap<u64, u16>, interceptor: &Interceptor) -> anyhow::Result<Opened> {
+    /// `port` is the one to try first, by namespace.
+    pub(super) fn open(&self, port: impl Fn(u64) -> Option<u16>, interceptor: &Interceptor) -> anyhow::Result<Opened> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket: OwnedFd =
             socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).context("cannot create a socket")?;
@@ -39,7 +39,7 @@ impl Taken {
         sockopt::set_socket_reuseaddr(&socket, true).context("SO_REUSEADDR")?;
         let address = |port| SocketAddrV4::new(Ipv4Addr::from(LISTENER_OCTETS), port);
         // Any port is better than none: somebody may squat on ours, or the daemon before us is still there.
-        let wanted = [ports.get(&netns).copied().unwrap_or(LISTENER_PORT), LISTENER_PORT, 0];
+        let wanted = [port(netns).unwrap_or(LISTENER_PORT), LISTENER_PORT, 0];
         let bound = wanted.into_iter().find(|port| bind(&socket, &address(*port)).is_ok());
         bound.context("no port is free")?;
         interceptor.mark_listener(&socket)?;

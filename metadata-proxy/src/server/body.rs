@@ -23,8 +23,8 @@ impl Body {
         Self { content: Either::Right(stream), _request: None }
     }
 
-    pub(super) fn of(self, request: Option<Entered>) -> Self {
-        Self { _request: request, ..self }
+    pub(super) fn of(self, request: Entered) -> Self {
+        Self { _request: Some(request), ..self }
     }
 }
 

@@ -79,6 +79,11 @@ impl ContainerSpec {
         Self::new(image::HOST, name, cmd)
     }
 
+    /// The same, and it waits for commands.
+    pub fn resident(name: &str) -> Self {
+        Self::on_host(name, ["/usr/bin/sleep", "600"])
+    }
+
     pub fn network(self, network: Network) -> Self {
         Self { network, ..self }
     }
