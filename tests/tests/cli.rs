@@ -319,7 +319,7 @@ async fn a_bpffs_is_mounted_where_there_is_none() -> Result<()> {
 }
 
 async fn told(stage: &mut Stage, what: &str) -> Result<()> {
-    stage.daemon.wait_for(what, Duration::from_secs(5), |log| log.contains(what)).await
+    stage.daemon.wait_for(what, Duration::from_secs(20), |log| log.contains(what)).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -25,6 +25,8 @@ use tokio::{
 
 const ROLE_LABEL: &str = "metadata-proxy.role";
 const SWIPELY_LABEL: &str = "com.swipely.iam-docker.iam-profile";
+/// What comes by itself comes by then, also on a busy machine.
+const SOON: Duration = Duration::from_secs(30);
 const ROLE_LIST: &str = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
 
 /// One answer to a request for the role list.
@@ -254,7 +256,7 @@ async fn containers_that_outlive_a_restart_of_the_engine_are_served_all_the_time
 
     // The daemon follows the engine again: this one never asks by itself.
     let silent = stage.run(idle_as("silent", "silent")).await?;
-    wait_for_call(&stage, "silent", Duration::from_secs(6)).await?;
+    wait_for_call(&stage, "silent", SOON).await?;
     ensure!(ask(&silent).await?.is("silent"), "a new container is not served");
     stage.assert_no_leak()
 }
@@ -347,29 +349,29 @@ async fn containers_started_while_the_event_stream_is_broken_are_found() -> Resu
     let relay = Relay::start(&host)?;
     let stage = relay.stage(host).await?;
     let known = stage.run(idle_as("known", "known")).await?;
-    wait_for_call(&stage, "known", Duration::from_secs(2)).await?;
+    wait_for_call(&stage, "known", SOON).await?;
 
     relay.set(Mode::Refuse);
     relay.cut();
     let silent = stage.run(idle_as("silent", "silent")).await?;
     let asking = stage.run(idle_as("asking", "asking")).await?;
     let refused = ask(&asking).await?;
-    ensure!(refused.status == 503 && refused.took < Duration::from_secs(2), "{refused:?}");
+    ensure!(refused.status == 503 && refused.took < Duration::from_secs(4), "{refused:?}");
     ensure!(ask(&known).await?.is("known"), "a known container suffers");
     ensure!(stage.sts.assume_role_calls(&role_arn("silent")) == 0, "the relay is not in the way");
 
     relay.set(Mode::Pass);
     // Found because it asks, without waiting for the next attempt to follow the engine.
     let found = ask(&asking).await?;
-    ensure!(found.is("asking") && found.took < Duration::from_secs(1), "{found:?}");
+    ensure!(found.is("asking") && found.took < Duration::from_secs(3), "{found:?}");
     // And this one because the daemon looks.
-    wait_for_call(&stage, "silent", Duration::from_secs(6)).await?;
+    wait_for_call(&stage, "silent", SOON).await?;
     ensure!(ask(&silent).await?.is("silent"), "found, but not served");
 
     // A stream that is cut and comes back at once loses nothing either.
     relay.cut();
     let after = stage.run(idle_as("after", "after")).await?;
-    wait_for_call(&stage, "after", Duration::from_secs(6)).await?;
+    wait_for_call(&stage, "after", SOON).await?;
     // What has ended meanwhile is forgotten, too.
     relay.set(Mode::Refuse);
     relay.cut();
@@ -400,23 +402,25 @@ async fn an_engine_that_hangs_or_is_slow_delays_only_whom_nobody_knows_yet() -> 
         ask(&known).await
     });
     let (waiting, served) = (waiting?, served?);
-    ensure!(served.is("known") && served.took < Duration::from_millis(300), "{served:?}");
-    ensure!(waiting.status == 503 && waiting.took < Duration::from_secs(7), "{waiting:?}");
+    ensure!(served.is("known") && served.took < Duration::from_secs(2), "{served:?}");
+    ensure!(waiting.status == 503 && waiting.took < Duration::from_secs(9), "{waiting:?}");
     relay.set(Mode::Pass);
-    ask_until_served(&new, "new", Duration::from_secs(8)).await?;
+    ask_until_served(&new, "new", SOON).await?;
     let silent = stage.run(idle_as("silent", "silent")).await?;
-    wait_for_call(&stage, "silent", Duration::from_secs(15)).await?;
+    wait_for_call(&stage, "silent", SOON).await?;
 
     relay.set(Mode::Delay(Duration::from_millis(700)));
     let late = stage.run(idle_as("late", "late")).await?;
     let first = ask(&late).await?;
     ensure!(first.status == 503 || first.is("late"), "{first:?}");
-    ensure!(first.took < Duration::from_secs(7), "{first:?}");
-    ask_until_served(&late, "late", Duration::from_secs(10)).await?;
-    ensure!(ask(&known).await?.took < Duration::from_millis(300), "a known container waits for the engine");
+    ensure!(first.took < Duration::from_secs(9), "{first:?}");
+    ask_until_served(&late, "late", SOON).await?;
+    // A busy machine may be late once, the engine is each time.
+    let times = [ask(&known).await?.took, ask(&known).await?.took, ask(&known).await?.took];
+    ensure!(times.iter().any(|took| *took < Duration::from_millis(600)), "a known container waits: {times:?}");
     relay.set(Mode::Pass);
     let last = stage.run(idle_as("last", "last")).await?;
-    ask_until_served(&last, "last", Duration::from_secs(10)).await?;
+    ask_until_served(&last, "last", SOON).await?;
     drop(silent);
     stage.assert_no_leak()
 }
@@ -430,13 +434,13 @@ async fn a_container_that_the_engine_cannot_describe_is_nobody_elses_trouble() -
     relay.broken.send_replace(Some(broken.id().to_owned()));
     let stage = relay.stage(host).await?;
     // Known from the first look, without asking.
-    wait_for_call(&stage, "sound", Duration::from_secs(3)).await?;
+    wait_for_call(&stage, "sound", SOON).await?;
     ensure!(ask(&sound).await?.is("sound"), "not served");
     let refused = ask(&broken).await?;
-    ensure!(refused.status == 503 && refused.took < Duration::from_secs(2), "{refused:?}");
+    ensure!(refused.status == 503 && refused.took < Duration::from_secs(4), "{refused:?}");
     // And the events of others still come.
     let new = stage.run(idle_as("new", "new")).await?;
-    wait_for_call(&stage, "new", Duration::from_secs(2)).await?;
+    wait_for_call(&stage, "new", SOON).await?;
     ensure!(ask(&new).await?.is("new"), "not served");
     relay.broken.send_replace(None);
     ensure!(ask(&broken).await?.is("broken"), "not served after all");
@@ -606,7 +610,7 @@ async fn a_process_of_no_container_in_another_network_namespace_gets_nothing() -
     let statuses: Vec<&str> = output.lines().filter(|line| line.len() == 3).collect();
     ensure!(statuses == ["404"; 4], "{output}");
     ensure!(!output.contains("AccessKeyId") && !output.contains("somebody"), "{output}");
-    ensure!(begin.elapsed() < Duration::from_secs(3), "it took {:?}", begin.elapsed());
+    ensure!(begin.elapsed() < Duration::from_secs(8), "it took {:?}", begin.elapsed());
     let reached = stage.imds.requests();
     ensure!(reached.is_empty(), "the real service was reached: {reached:#?}");
     ensure!(stage.sts.assume_role_calls(&role_arn("default")) == 0, "a role was assumed for it");

@@ -42,7 +42,7 @@ impl Ruled {
         let before = self.stage.daemon.log()?.matches(word).count();
         let pid = Pid::from_raw(self.stage.daemon.pid().try_into()?).context("no process id")?;
         kill_process(pid, Signal::HUP)?;
-        self.stage.daemon.wait_for(word, Duration::from_secs(5), |log| log.matches(word).count() > before).await
+        self.stage.daemon.wait_for(word, Duration::from_secs(20), |log| log.matches(word).count() > before).await
     }
 
     async fn idle(&self, name: &str, labels: &[(&str, &str)]) -> Result<Container> {
@@ -106,7 +106,7 @@ async fn a_reload_names_what_takes_a_restart_and_takes_over_the_rest() -> Result
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refusal_is_remembered_for_as_long_as_the_operator_says() -> Result<()> {
-    let ruled = Ruled::start("[sts]\nrefusal-memory = '2s'\n").await?;
+    let ruled = Ruled::start("[sts]\nrefusal-memory = '8s'\n").await?;
     let role_arn = metadata_proxy_tests::stage::role_arn("late");
     ruled.stage.sts.set_role_fault(&role_arn, Some(Fault::Refuse));
     let late = ruled.idle("late", &[(ROLE_LABEL, "late")]).await?;
@@ -114,7 +114,7 @@ async fn a_refusal_is_remembered_for_as_long_as_the_operator_says() -> Result<()
     ruled.stage.sts.set_role_fault(&role_arn, None);
     assert_role(&late, "404").await?;
     ensure!(ruled.stage.sts.assume_role_calls(&role_arn) == 1, "the refusal is forgotten at once");
-    sleep(Duration::from_millis(2100)).await;
+    sleep(Duration::from_millis(8100)).await;
     assert_role(&late, "late").await?;
     ensure!(ruled.stage.sts.assume_role_calls(&role_arn) == 2, "more than one attempt");
     Ok(())

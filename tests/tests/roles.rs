@@ -253,7 +253,7 @@ async fn a_wrong_option_refuses_the_role_before_sts_is_asked() -> Result<()> {
         ensure!(status == "404", "{option}: {status}");
         let told =
             |log: &str| log.lines().any(|line| [name.as_str(), &label, rule].iter().all(|word| line.contains(word)));
-        stage.daemon.wait_for(&format!("{label}: {rule}"), Duration::from_secs(5), told).await?;
+        stage.daemon.wait_for(&format!("{label}: {rule}"), Duration::from_secs(20), told).await?;
     }
     ensure!(stage.sts.assume_role_calls(&role_arn("web")) == 0, "STS was asked");
     ensure!(stage.sts.assume_role_calls(&role_arn("default")) == 0, "STS was asked for the default");

@@ -73,7 +73,7 @@ async fn each_hand_out_is_a_record_and_the_file_can_be_rotated() -> Result<()> {
     fs::rename(&file, &moved)?;
     let pid = Pid::from_raw(stage.daemon.pid().try_into()?).context("no process id")?;
     kill_process(pid, Signal::HUP)?;
-    stage.daemon.wait_for("reloaded", Duration::from_secs(5), |log| log.contains("reloaded")).await?;
+    stage.daemon.wait_for("reloaded", Duration::from_secs(20), |log| log.contains("reloaded")).await?;
     hand_out(&web).await?;
     let [after] = records_reach(&file, 1).await?.try_into().map_err(|all| anyhow::anyhow!("{all:#?}"))?;
     let [before] = records(&moved)?.try_into().map_err(|all| anyhow::anyhow!("{all:#?}"))?;
@@ -113,7 +113,7 @@ async fn a_full_disk_costs_records_and_no_answers() -> Result<()> {
         hand_out(&web).await?;
     }
     let warned = "cannot write to the audit log";
-    stage.daemon.wait_for(warned, Duration::from_secs(5), |log| log.contains(warned)).await?;
+    stage.daemon.wait_for(warned, Duration::from_secs(20), |log| log.contains(warned)).await?;
     ensure!(stage.daemon.log()?.matches(warned).count() == 1, "it repeats itself");
     let lost = "metadata_proxy_audit_records_lost_total 3";
     ensure!(metrics(&stage)?.contains(lost), "{}", metrics(&stage)?);

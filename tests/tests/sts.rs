@@ -13,6 +13,8 @@ use metadata_proxy_tests::{
 use tokio::time::sleep;
 
 const ROLE_LABEL: &str = "metadata-proxy.role";
+/// What comes by itself comes by then, also on a busy machine.
+const SOON: Duration = Duration::from_secs(30);
 const ROLE_LIST: &str = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
 
 /// What a container was answered.
@@ -97,10 +99,10 @@ async fn while_sts_is_down_the_role_list_says_503_at_once_and_afterwards_all_is_
         let answer = ask(&container, path).await?;
         ensure!(answer.status == 503 && answer.body.is_empty(), "{path:?}: {answer:?}");
         // The SDK's own second attempt comes after up to a second.
-        ensure!(answer.took < Duration::from_secs(2), "{path:?}: {answer:?}");
+        ensure!(answer.took < Duration::from_secs(3), "{path:?}: {answer:?}");
     }
     stage.sts.listen_again()?;
-    let answer = ask_until(&container, "", 200, Duration::from_secs(10)).await?;
+    let answer = ask_until(&container, "", 200, SOON).await?;
     ensure!(answer.body == "patient", "{answer:?}");
     let key = ask(&container, "patient").await?.access_key()?;
     ensure!(stage.role_of(&key).as_deref() == Some("patient"), "{key} is not the role's");
@@ -113,20 +115,20 @@ async fn credentials_that_a_slow_sts_was_asked_for_ahead_are_there_when_they_are
     stage.sts.set_fault(Some(Fault::Delay(Duration::from_secs(2))));
     let container = idle(&stage, "slow", "slow").await?;
     let first = ask(&container, "slow").await?;
-    ensure!(matches!(first.status, 200 | 503) && first.took < Duration::from_secs(5), "{first:?}");
-    calls_reach(&stage, "slow", 1, Duration::from_secs(5)).await?;
-    ask_until(&container, "", 200, Duration::from_secs(5)).await?;
+    ensure!(matches!(first.status, 200 | 503) && first.took < Duration::from_secs(8), "{first:?}");
+    calls_reach(&stage, "slow", 1, SOON).await?;
+    ask_until(&container, "", 200, SOON).await?;
     let later = ask(&container, "slow").await?;
-    ensure!(later.status == 200 && later.took < Duration::from_millis(200), "{later:?}");
+    ensure!(later.status == 200 && later.took < Duration::from_secs(1), "{later:?}");
     only_call(&stage, "slow")?;
 
-    stage.sts.set_fault(Some(Fault::Delay(Duration::from_millis(500))));
-    let script = format!("sleep 1.5; curl -s --max-time 20 -w '{FORMAT}' {ROLE_LIST}ahead");
+    stage.sts.set_fault(Some(Fault::Delay(Duration::from_secs(2))));
+    let script = format!("sleep 4; curl -s --max-time 20 -w '{FORMAT}' {ROLE_LIST}ahead");
     let spec = ContainerSpec::on_host("ahead", ["/usr/bin/sh", "-c", &script]).label(ROLE_LABEL, &role_arn("ahead"));
     let container = stage.run(spec).await?;
-    calls_reach(&stage, "ahead", 1, Duration::from_secs(1)).await?;
+    calls_reach(&stage, "ahead", 1, Duration::from_secs(3)).await?;
     let answer = Answer::parse(&stage.finish(&container).await?)?;
-    ensure!(answer.status == 200 && answer.took < Duration::from_millis(200), "the first request: {answer:?}");
+    ensure!(answer.status == 200 && answer.took < Duration::from_secs(1), "the first request: {answer:?}");
     only_call(&stage, "ahead")?;
     stage.assert_no_leak()
 }
@@ -142,15 +144,15 @@ async fn an_sts_that_hangs_for_one_role_costs_others_nothing() -> Result<()> {
         ask(&lively, "lively").await
     });
     let (waiting, served) = (waiting?, served?);
-    ensure!(served.status == 200 && served.took < Duration::from_millis(500), "{served:?}");
+    ensure!(served.status == 200 && served.took < Duration::from_secs(2), "{served:?}");
     ensure!(waiting.status == 503 && waiting.body.is_empty(), "{waiting:?}");
-    ensure!(waiting.took < Duration::from_secs(5), "{waiting:?}");
+    ensure!(waiting.took < Duration::from_secs(8), "{waiting:?}");
     let fresh = idle(&stage, "fresh", "fresh").await?;
     let served = ask(&fresh, "").await?;
-    ensure!(served.status == 200 && served.took < Duration::from_millis(500), "{served:?}");
+    ensure!(served.status == 200 && served.took < Duration::from_secs(2), "{served:?}");
 
     stage.sts.set_role_fault(&role_arn("stuck"), None);
-    ask_until(&stuck, "", 200, Duration::from_secs(25)).await?;
+    ask_until(&stuck, "", 200, SOON).await?;
     stage.assert_no_leak()
 }
 
@@ -162,7 +164,7 @@ async fn a_role_that_sts_refuses_is_no_role_and_is_not_asked_for_again_and_again
     let refused = idle(&stage, "refused", "forbidden").await?;
     let other = idle(&stage, "other", "allowed").await?;
     let answer = ask(&refused, "").await?;
-    ensure!(answer.status == 404 && answer.took < Duration::from_secs(1), "{answer:?}");
+    ensure!(answer.status == 404 && answer.took < Duration::from_secs(3), "{answer:?}");
     ensure!(ask(&other, "").await?.body == "allowed", "another container suffers");
 
     let script = format!("for i in $(seq 100); do curl -s -o /dev/null -w '%{{http_code}}\\n' {ROLE_LIST}; done");
@@ -189,9 +191,9 @@ async fn throttling_and_errors_of_sts_are_tried_again() -> Result<()> {
         let answer = ask(&container, "").await?;
         ensure!(answer.status == 503 && answer.body.is_empty(), "{fault:?}: {answer:?}");
         // Nobody asks meanwhile.
-        calls_reach(&stage, "unlucky", 4, Duration::from_secs(15)).await?;
+        calls_reach(&stage, "unlucky", 4, SOON).await?;
         stage.sts.set_fault(None);
-        let answer = ask_until(&container, "", 200, Duration::from_secs(15)).await?;
+        let answer = ask_until(&container, "", 200, SOON).await?;
         ensure!(answer.body == "unlucky", "{fault:?}: {answer:?}");
         let calls = stage.sts.assume_role_calls(&role_arn("unlucky"));
         ensure!(calls < 12, "{fault:?}: {calls} calls are no way to treat a service in trouble");
@@ -224,7 +226,7 @@ async fn in_a_region_without_sts_clients_are_told_to_try_again_and_the_operator_
     daemon.wait_ready(Duration::from_secs(20)).await?;
     let stage = Stage { daemon, sts, imds, host };
     let container = idle(&stage, "lost", "lost").await?;
-    let answer = ask_until(&container, "", 503, Duration::from_secs(15)).await?;
+    let answer = ask_until(&container, "", 503, SOON).await?;
     ensure!(answer.body.is_empty(), "{answer:?}");
     let output = stage.command(program()?).args(["explain", "lost"]).output()?;
     let explained = String::from_utf8(output.stdout)?;
@@ -318,7 +320,7 @@ async fn a_long_lived_container_always_has_valid_credentials_until_sts_is_gone_f
     ensure!(ask(&container, "steady").await?.status == 503, "the document outlives its credentials");
 
     stage.sts.listen_again()?;
-    ask_until(&container, "", 200, Duration::from_secs(35)).await?;
+    ask_until(&container, "", 200, SOON).await?;
     let (key, _) = valid_credentials(&container).await?;
     ensure!(key != last, "expired credentials are back");
     stage.assert_no_leak()
@@ -380,11 +382,11 @@ async fn a_source_credential_that_is_replaced_in_its_profile_is_taken_without_a_
     daemon.wait_ready(Duration::from_secs(20)).await?;
     let stage = Stage { daemon, sts, imds, host };
     let before = idle(&stage, "before", "before").await?;
-    ask_until(&before, "", 200, Duration::from_secs(10)).await?;
+    ask_until(&before, "", 200, SOON).await?;
 
     stage.sts.remove_identity("AKIAOLD");
     let between = idle(&stage, "between", "between").await?;
-    ask_until(&between, "", 404, Duration::from_secs(10)).await?;
+    ask_until(&between, "", 404, SOON).await?;
     ensure!(ask(&before, "before").await?.status == 200, "what was fetched is no longer served");
     let log = stage.daemon.log()?;
     ensure!(
@@ -395,7 +397,7 @@ async fn a_source_credential_that_is_replaced_in_its_profile_is_taken_without_a_
     stage.sts.add_identity("AKIANEW", BASE_IDENTITY);
     write("AKIANEW")?;
     let after = idle(&stage, "after", "after").await?;
-    ask_until(&after, "", 200, Duration::from_secs(10)).await?;
+    ask_until(&after, "", 200, SOON).await?;
     let calls = stage.sts.calls();
     let call = calls.iter().rev().find(|call| call.action == "AssumeRole").context("no call")?;
     ensure!(call.access_key.as_deref() == Some("AKIANEW"), "{call:?}");
@@ -419,7 +421,7 @@ async fn source_credentials_of_the_instance_role_are_replaced_before_they_end() 
     daemon.wait_ready(Duration::from_secs(20)).await?;
     let stage = Stage { daemon, sts, imds, host };
     let first = idle(&stage, "first", "first").await?;
-    ask_until(&first, "", 200, Duration::from_secs(10)).await?;
+    ask_until(&first, "", 200, SOON).await?;
     let signer = |role: &str| only_call(&stage, role).map(|call| call.access_key);
     ensure!(signer("first")?.as_deref() == Some(OLD), "{:?}", signer("first"));
 
@@ -427,7 +429,7 @@ async fn source_credentials_of_the_instance_role_are_replaced_before_they_end() 
     sleep(Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default()).await;
     stage.sts.remove_identity(OLD);
     let second = idle(&stage, "second", "second").await?;
-    ask_until(&second, "", 200, Duration::from_secs(10)).await?;
+    ask_until(&second, "", 200, SOON).await?;
     ensure!(signer("second")?.as_deref() == Some(NEW), "{:?}", signer("second"));
     ensure!(ask(&first, "first").await?.status == 200, "what was fetched is no longer served");
     Ok(())

@@ -92,7 +92,7 @@ async fn frames_of_packet_sockets_do_not_leave_the_host() -> Result<()> {
 
     let mut daemon = host.daemon(daemon_options())?;
     daemon.wait_ready(Duration::from_secs(20)).await?;
-    daemon.wait_for("the guard", Duration::from_secs(5), |log| log.contains("guarding uplink up0")).await?;
+    daemon.wait_for("the guard", Duration::from_secs(20), |log| log.contains("guarding uplink up0")).await?;
     for (name, network, device) in [("bridge", Network::Default, "eth0"), ("host", Network::Host, "up0")] {
         for form in ["plain", "tagged"] {
             let count = arrived(&host, &cloud, &format!("{name}-{form}"), network.clone(), device, form).await?;
@@ -203,7 +203,7 @@ async fn an_interface_in_a_containers_own_network_is_guarded() -> Result<()> {
     second.give_to(&host, &new).await?;
     let guarded = |name: &str| format!("guarding uplink {name} in network namespace ");
     let both = |log: &str| log.contains(&guarded("eni1")) && log.contains(&guarded("eni2"));
-    daemon.wait_for("the guards", Duration::from_secs(5), both).await?;
+    daemon.wait_for("the guards", Duration::from_secs(20), both).await?;
     for (interface, container) in [(&first, &old), (&second, &new)] {
         let count = interface.try_from(container).await?;
         ensure!(count == 0, "{count} frames left by {}\n{}", interface.name, daemon.log()?);
@@ -211,7 +211,7 @@ async fn an_interface_in_a_containers_own_network_is_guarded() -> Result<()> {
 
     // One that was guarded on the host is so all the way into the container.
     let third = Interface::make(&host, "eni3").await?;
-    daemon.wait_for("the guard", Duration::from_secs(5), |log| log.contains("guarding uplink eni3\n")).await?;
+    daemon.wait_for("the guard", Duration::from_secs(20), |log| log.contains("guarding uplink eni3\n")).await?;
     daemon.kill().await?;
     third.give_to(&host, &new).await?;
     for (interface, container) in [(&first, &old), (&second, &new), (&third, &new)] {
@@ -235,7 +235,7 @@ async fn an_interface_in_a_containers_own_network_is_guarded() -> Result<()> {
     drop(second);
     let mut daemon = host.daemon(daemon_options())?;
     daemon.wait_ready(Duration::from_secs(20)).await?;
-    daemon.wait_for("the guard", Duration::from_secs(5), |log| log.contains(&guarded("eni1"))).await?;
+    daemon.wait_for("the guard", Duration::from_secs(20), |log| log.contains(&guarded("eni1"))).await?;
     ensure!(first.try_from(&old).await? == 0, "frames leave");
     drop((first, third));
     old.remove().await?;
@@ -256,11 +256,11 @@ async fn an_uplink_that_comes_later_is_guarded() -> Result<()> {
     daemon.wait_ready(Duration::from_secs(20)).await?;
     run(host.command("ip").args(["link", "add", "late0", "type", "veth", "peer", "name", "late1"]))?;
     let guarded = |log: &str| log.contains("guarding uplink late0") && log.contains("guarding uplink late1");
-    daemon.wait_for("the guard", Duration::from_secs(5), guarded).await?;
+    daemon.wait_for("the guard", Duration::from_secs(20), guarded).await?;
     run(host.command("ip").args(["link", "del", "late0"]))?;
     run(host.command("ip").args(["link", "add", "late0", "type", "veth", "peer", "name", "late1"]))?;
     let again = |log: &str| log.matches("guarding uplink late0").count() == 2;
-    daemon.wait_for("the guard of its successor", Duration::from_secs(5), again).await?;
+    daemon.wait_for("the guard of its successor", Duration::from_secs(20), again).await?;
 
     // As the engine does with the host's end of a container's link: then it leads nowhere by itself.
     let shown = host.command("ip").args(["-o", "link", "show", "late1"]).output()?;

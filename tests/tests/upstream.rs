@@ -463,7 +463,7 @@ async fn while_the_real_service_is_down_credentials_are_served() -> Result<()> {
         let answers = ask(&web, &[], &[ADDRESS, "/latest/meta-data/", ROLES, "/latest/user-data"]).await?;
         assert_eq!(statuses(&answers), [502, 502, 200, 404], "{fault:?}: {answers:?}");
         assert_eq!((answers[0].body.as_str(), answers[2].body.as_str()), ("", "web"));
-        assert!(answers.iter().all(|answer| answer.ms < 1000.0), "{answers:?}");
+        assert!(answers.iter().all(|answer| answer.ms < 1900.0), "{answers:?}");
         assert!(!format!("{answers:?}").contains("refused"), "{answers:?}");
         stage.imds.set_fault(None);
         stage.imds.listen_again()?;
@@ -484,9 +484,9 @@ async fn a_slow_real_service_is_given_up_and_holds_nobody_else_up() -> Result<()
     };
     let (slow, meanwhile) = tokio::try_join!(slow, meanwhile)?;
     assert_eq!((slow[0].status, slow[0].body.as_str()), (504, ""));
-    assert!(slow[0].ms < 2500.0, "{slow:?}");
+    assert!(slow[0].ms < 4000.0, "{slow:?}");
     assert_eq!(meanwhile[0].body, "web");
-    assert!(meanwhile[0].ms < 500.0, "{meanwhile:?}");
+    assert!(meanwhile[0].ms < 1500.0, "{meanwhile:?}");
 
     // Slower than usual is not too slow.
     stage.imds.set_fault(Some(Fault::Delay(Duration::from_millis(400))));

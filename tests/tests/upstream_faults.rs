@@ -183,7 +183,7 @@ async fn a_new_connection_that_fails_is_a_failure_and_not_asked_again() -> Resul
     let outcomes = read(&web, &[IPV4, IPV4]).await?;
     for outcome in &outcomes {
         assert_eq!((outcome.status, outcome.body.as_str()), (502, ""), "{outcome:?}");
-        assert!(outcome.ms < 500.0, "{outcome:?}");
+        assert!(outcome.ms < 1500.0, "{outcome:?}");
     }
     // The first came over the connection of the token, and once more over one of its own; the second had none to reuse.
     assert_eq!(service.requests(), [TOKEN, IPV4, IPV4, IPV4]);
@@ -208,7 +208,7 @@ async fn documents_are_passed_on_as_they_come() -> Result<()> {
     let outcome = read(&web, &[USER_DATA]).await?.remove(0);
     assert_eq!((outcome.status, outcome.length, outcome.received), (200, Some(2 * HALF), 2 * HALF));
     assert!(!outcome.chunked);
-    let early = outcome.pieces.iter().filter(|(ms, _)| *ms < 800.0).map(|(_, received)| *received).max();
+    let early = outcome.pieces.iter().filter(|(ms, _)| *ms < outcome.ms - 500.0).map(|(_, received)| *received).max();
     assert!(early.is_some_and(|received| received > HALF / 2), "{:?}", outcome.pieces);
     assert!(outcome.ms > 950.0, "{outcome:?}");
     // It is read to its end, so its connection is kept.
@@ -241,7 +241,7 @@ async fn what_is_larger_than_any_document_is_refused() -> Result<()> {
     let refused = [USER_DATA, LISTING, "/latest/dynamic/fws/x", "/latest/meta-data/profile"];
     for (path, outcome) in refused.iter().zip(read(&web, &refused).await?) {
         assert_eq!((outcome.status, outcome.received, outcome.length), (502, 0, Some(0)), "{path}: {outcome:?}");
-        assert!(outcome.ms < 1500.0, "{path}: {outcome:?}");
+        assert!(outcome.ms < 1900.0, "{path}: {outcome:?}");
     }
     let taken = read(&web, &[IPV4, "/latest/meta-data/mac"]).await?;
     assert_eq!((taken[0].status, taken[0].received), (200, MIB));
@@ -270,7 +270,7 @@ async fn an_answer_that_stops_in_the_middle_is_never_taken_for_the_whole() -> Re
     // Of what breaks off at once, nothing may arrive.
     assert!(outcomes.iter().all(|outcome| outcome.received <= 500) && outcomes[0].received == 500, "{outcomes:?}");
     for (outcome, slow) in outcomes.iter().zip([true, true, false, false, false]) {
-        let expected = if slow { 1900.0..3500.0 } else { 0.0..500.0 };
+        let expected = if slow { 1900.0..6000.0 } else { 0.0..1500.0 };
         assert!(expected.contains(&outcome.ms), "{outcome:?}");
         assert!(["closed", "ConnectionResetError"].contains(&outcome.end.as_str()), "{outcome:?}");
     }
