@@ -27,6 +27,10 @@ pub const V4_MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 const SOCK_STREAM: u32 = 1;
 const SOL_TCP: i32 = 6;
 const TCP_SYNCNT: i32 = 7;
+/// Linux 6.15 and later.
+const TCP_RTO_MAX_MS: i32 = 44;
+/// Of a second each, instead of the last pause of two.
+const CAPPED_SYN_RETRIES: i32 = 2;
 
 /// What becomes of a connect.
 enum Verdict {
@@ -178,15 +182,20 @@ fn remember(ctx: &SockAddrContext, client: &mut Client) -> bool {
     true
 }
 
-/// How often the connection retries its SYN while it is held. Failing to say so only shortens the
-/// wait, so the result does not matter.
+/// How often the connection retries its SYN while it is held. The pauses double, so that the second
+/// half of the wait would be a single one; where the kernel lets us, it repeats the SYN each second
+/// there. Failing to say so only shortens the wait, so the last result does not matter.
 #[inline(always)]
 fn be_patient(ctx: &SockAddrContext, settings: &Settings) {
-    let mut retries = settings.syn_retries as i32;
-    // SAFETY: the value lives on our stack and its size is told.
-    unsafe {
-        bpf_setsockopt(ctx.as_ptr(), SOL_TCP, TCP_SYNCNT, core::ptr::from_mut(&mut retries).cast(), 4);
-    }
+    let set = |option: i32, mut value: i32| {
+        let value = core::ptr::from_mut(&mut value).cast();
+        // SAFETY: the value lives on our stack and its size is told.
+        unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_TCP, option, value, 4) }
+    };
+    // A second is the least that it takes.
+    let capped = set(TCP_RTO_MAX_MS, 1000) == 0;
+    let more = if capped { CAPPED_SYN_RETRIES } else { 0 };
+    set(TCP_SYNCNT, settings.syn_retries as i32 + more);
 }
 
 /// As a whole word: the verifier refuses a store to half of the field.

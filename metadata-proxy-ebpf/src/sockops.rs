@@ -25,7 +25,9 @@ pub fn handle(ctx: &SockOpsContext) {
 fn short_timeout(ctx: &SockOpsContext, ops: &bpf_sock_ops) {
     // SAFETY: `sk` of the context.
     let client = unsafe { client_of(ops.__bindgen_anon_2.sk) };
-    if client.is_some_and(|client| client.verdict == VERDICT_REDIRECTED)
+    // It may have been disconnected and be on its way to somebody else.
+    if ops.remote_ip4 == LISTENER_V4
+        && client.is_some_and(|client| client.verdict == VERDICT_REDIRECTED)
         && let Some(settings) = settings()
     {
         ctx.set_reply(settings.syn_timeout);

@@ -124,7 +124,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry), audit.clone(), fixed));
     let (upstream, rest) = match config.upstream {
         Some(config::Upstream::Real { endpoint, policy }) => (Some(Upstream::new(endpoint)), Rest::Real(policy)),
-        Some(config::Upstream::Simulated(instance)) => (None, Rest::Simulated(instance)),
+        Some(config::Upstream::Simulated(instance, view)) => (None, Rest::Simulated(instance, view)),
         None => (None, Rest::Nothing),
     };
     let parts = metrics::Parts {

@@ -99,11 +99,11 @@ async fn real_service(config: &Config) -> anyhow::Result<String> {
     const PATH: &str = "/latest/meta-data/instance-id";
     let endpoint = match &config.upstream {
         Some(config::Upstream::Real { endpoint, .. }) => endpoint,
-        Some(config::Upstream::Simulated(_)) => return Ok("not used (an instance is simulated)".to_owned()),
+        Some(config::Upstream::Simulated(..)) => return Ok("not used (an instance is simulated)".to_owned()),
         None => return Ok("not used (--disable-upstream)".to_owned()),
     };
     let remedy = || format!("{endpoint}: off EC2, run with --simulate or --disable-upstream");
-    let answer = Upstream::new(endpoint.clone()).get(PATH, true).await.with_context(remedy)?;
+    let answer = Upstream::new(endpoint.clone()).get(PATH, true, 0).await.with_context(remedy)?;
     match answer.payload {
         Payload::Whole(id) if answer.status.is_success() => Ok(format!("this is {}", String::from_utf8_lossy(&id))),
         _ => bail!("{endpoint} answers {} to {PATH}", answer.status),

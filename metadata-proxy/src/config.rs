@@ -57,7 +57,7 @@ pub(crate) struct Config {
 #[derive(Debug)]
 pub(crate) enum Upstream {
     Real { endpoint: Uri, policy: Policy },
-    Simulated(Instance),
+    Simulated(Instance, View),
 }
 
 /// The file: the flags' names, and what is too long for a flag.
@@ -174,8 +174,9 @@ impl Config {
         let upstream = if disable {
             None
         } else if simulate {
-            let instance = Instance::new(file.simulate.unwrap_or_default());
-            Some(Upstream::Simulated(instance.map_err(|error| BadConfig(format!("{file_name}: [simulate]: {error}")))?))
+            let instance = Instance::new(file.simulate.unwrap_or_default())
+                .map_err(|error| BadConfig(format!("{file_name}: [simulate]: {error}")))?;
+            Some(Upstream::Simulated(instance, view))
         } else {
             let uri = imds_uri(endpoint.as_deref().unwrap_or(IMDS_ENDPOINT));
             let endpoint = uri.map_err(|reason| BadConfig(format!("{endpoint_origin} {reason}")))?;
@@ -300,7 +301,7 @@ mod tests {
         for (file, args) in
             [("[simulate]\nregion = 'eu-west-1'\n", &[][..]), ("disable-upstream = true", &["--simulate"])]
         {
-            assert!(matches!(with_file(file, args).unwrap().upstream, Some(Upstream::Simulated(_))), "{file}");
+            assert!(matches!(with_file(file, args).unwrap().upstream, Some(Upstream::Simulated(..))), "{file}");
         }
     }
 

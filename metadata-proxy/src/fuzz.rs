@@ -2,11 +2,11 @@
 //!
 //! Rules that take the inside to check stand here as assertions; what an outsider can see, there.
 
-use std::{cell::RefCell, convert::Infallible, rc::Rc, sync::OnceLock};
+use std::{cell::RefCell, convert::Infallible, sync::OnceLock};
 
 use bytes::Bytes;
 use clap::Parser as _;
-use http::{HeaderMap, HeaderValue, Request, StatusCode, header::CONNECTION};
+use http::{HeaderMap, Request, StatusCode};
 use http_body_util::Full;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
@@ -20,7 +20,7 @@ use crate::{
     credentials::RoleSession,
     identity::{self, Home, RoleArn, RoleSpec, Verdict},
     imds::{
-        Action, Caller, Imds, PLAIN, Policy, Rest, TokenKey, View,
+        Action, Caller, Forward, IamRequest, Imds, Instance, InstanceSettings, PLAIN, Policy, Rest, TokenKey, View,
         iam::{self, CredentialDocument},
         response,
     },
@@ -28,17 +28,48 @@ use crate::{
 };
 
 const ROLE: &str = "arn:aws:iam::123456789012:role/team/app-1";
-const CALLER: Caller<'static> = Caller { id: "c0ffee", role: Some("app-1"), require_token: false, view: &PLAIN };
+const CALLER: Caller<'static> =
+    Caller { id: "c0ffee", role: Some("app-1"), refused: false, require_token: false, view: &PLAIN };
 /// Stands in every document of credentials, and nowhere else.
 pub const SECRET: &str = "SECRET-OF-THE-CONTAINER";
 /// What the real service would list, in whatever directory.
 const LISTING: &str = "ami-id\ndynamic\niam/\niam-ecs-agent/\nidentity-credentials/\nmeta-data\ntags/\nuser-data\n";
 
-/// With a policy as generous as an operator can make it, or the default one.
-fn imds(generous: bool) -> Imds {
-    let allow = if generous { vec!["**".to_owned()] } else { Vec::new() };
-    let view = View::new(&allow, &[], generous).unwrap_or_else(|error| panic!("{error}"));
-    Imds::new(TokenKey::new(&[7; 32]), Rest::Real(Policy::new(view)), now())
+/// Who asks, and what the operator shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setting {
+    pub role: bool,
+    pub token_required: bool,
+    /// As much as an operator can; else the default.
+    pub generous: bool,
+    pub simulated: bool,
+}
+
+impl Setting {
+    const PLAIN: Self = Self { role: true, token_required: false, generous: false, simulated: false };
+    pub const ALL: [Self; 5] = [
+        Self::PLAIN,
+        Self { generous: true, ..Self::PLAIN },
+        Self { role: false, generous: true, ..Self::PLAIN },
+        Self { token_required: true, generous: true, ..Self::PLAIN },
+        Self { simulated: true, ..Self::PLAIN },
+    ];
+
+    fn imds(self) -> Imds {
+        let allow = if self.generous { vec!["**".to_owned()] } else { Vec::new() };
+        let view = View::new(&allow, &[], self.generous).unwrap_or_else(|error| panic!("{error}"));
+        let rest = if self.simulated {
+            let instance = Instance::new(InstanceSettings::default()).unwrap_or_else(|error| panic!("{error}"));
+            Rest::Simulated(instance, view)
+        } else {
+            Rest::Real(Policy::new(view))
+        };
+        Imds::new(TokenKey::new(&[7; 32]), rest, now())
+    }
+
+    fn caller(self) -> Caller<'static> {
+        Caller { role: CALLER.role.filter(|_| self.role), require_token: self.token_required, ..CALLER }
+    }
 }
 
 fn now() -> Timestamp {
@@ -51,19 +82,23 @@ pub struct Exchange {
     pub answers: Vec<u8>,
     /// The paths that the real service was asked for.
     pub asked: Vec<String>,
+    /// The targets for which credentials were handed out.
+    pub handed_out: Vec<String>,
 }
 
-/// A connection of a container with a role, over the server that containers get, to its end.
-pub fn request(input: &[u8]) -> Exchange {
+/// A connection of a container, over the server that containers get, to its end.
+pub fn request(input: &[u8], setting: Setting) -> Exchange {
     thread_local! {
         static RUNTIME: tokio::runtime::Runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .build()
             .unwrap_or_else(|error| panic!("no runtime: {error}"));
     }
-    let (imds, asked) = (imds(true), Rc::<RefCell<Vec<String>>>::default());
+    let (imds, seen) = (setting.imds(), Seen::default());
     let (mut client, server) = tokio::io::duplex(1 << 16);
-    let service = service_fn(async |request: Request<Incoming>| Ok::<_, Infallible>(answer(&imds, request, &asked)));
+    let service = service_fn(async |request: Request<Incoming>| {
+        Ok::<_, Infallible>(answer(&imds, setting, request, &seen).await)
+    });
     let mut answers = Vec::new();
     RUNTIME.with(|runtime| {
         runtime.block_on(async {
@@ -77,45 +112,48 @@ pub fn request(input: &[u8]) -> Exchange {
             let _ = tokio::join!(async { drop(served.await) }, asking);
         });
     });
-    Exchange { answers, asked: asked.take() }
+    let Seen { asked, handed_out } = seen;
+    Exchange { answers, asked: asked.into_inner(), handed_out: handed_out.into_inner() }
 }
 
-fn answer(imds: &Imds, request: Request<Incoming>, asked: &RefCell<Vec<String>>) -> http::Response<Full<Bytes>> {
+#[derive(Default)]
+struct Seen {
+    asked: RefCell<Vec<String>>,
+    handed_out: RefCell<Vec<String>>,
+}
+
+async fn answer(imds: &Imds, setting: Setting, request: Request<Incoming>, seen: &Seen) -> http::Response<Full<Bytes>> {
     let (head, _body) = request.into_parts();
-    let routed = imds.route(&head, &CALLER, now());
-    let mut answer = match routed.action {
-        Action::Reply(answer) => answer,
-        Action::Iam(request) => {
-            let document = CredentialDocument {
-                access_key_id: "ASIA",
-                secret_access_key: SECRET,
-                session_token: "token",
-                last_updated: now(),
-                expiration: now(),
-            };
-            iam::respond(request, ROLE, Ok(&document), now())
+    let iam = async |request| {
+        if request == IamRequest::Credentials {
+            seen.handed_out.borrow_mut().push(head.uri.to_string());
         }
-        Action::Forward(forward) => {
-            asked.borrow_mut().push(forward.path().to_owned());
-            let listed = forward.is_listing();
-            let body = if listed { imds.filter_listing(&forward, LISTING) } else { "document".to_owned() };
-            let length = body.len() as u64;
-            response::forwarded(StatusCode::OK, HeaderMap::new(), Bytes::from(body), length, now())
-        }
+        let document = CredentialDocument {
+            access_key_id: "ASIA",
+            secret_access_key: SECRET,
+            session_token: "token",
+            last_updated: now(),
+            expiration: now(),
+        };
+        iam::respond(request, ROLE, Ok(&document), now())
     };
-    if let Some(ttl) = routed.token_ttl {
-        response::echo_token_ttl(answer.headers_mut(), ttl);
-    }
-    if server::in_doubt(&head, answer.status()) {
-        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-    }
+    let forward = async |forward: Forward| {
+        seen.asked.borrow_mut().push(forward.path().to_owned());
+        let listed = forward.is_listing();
+        let body = if listed { imds.filter_listing(&forward, LISTING) } else { "document".to_owned() };
+        let length = body.len() as u64;
+        response::forwarded(StatusCode::OK, HeaderMap::new(), Bytes::from(body), length, now())
+    };
+    let routed = imds.route(&head, &setting.caller(), now());
+    let mut answer: http::Response<Bytes> = server::carry_out(routed, iam, forward).await;
+    server::close_in_doubt(&head, &mut answer);
     answer.map(Full::new)
 }
 
 /// The path that the real service is asked for because of this target, under the default policy or the most generous.
 pub fn forwarded(target: &str, generous: bool) -> Option<String> {
     let head = Request::get(target).body(()).ok()?.into_parts().0;
-    match imds(generous).route(&head, &CALLER, now()).action {
+    match (Setting { generous, ..Setting::PLAIN }).imds().route(&head, &CALLER, now()).action {
         Action::Forward(forward) => Some(forward.path().to_owned()),
         Action::Reply(_) | Action::Iam(_) => None,
     }
@@ -124,7 +162,7 @@ pub fn forwarded(target: &str, generous: bool) -> Option<String> {
 /// Asks for a session token with this lifetime; the token.
 pub fn new_token(ttl: &[u8]) -> Option<Vec<u8>> {
     let request = Request::put("/latest/api/token").header("x-aws-ec2-metadata-token-ttl-seconds", ttl);
-    match imds(false).route(&request.body(()).ok()?.into_parts().0, &CALLER, now()).action {
+    match Setting::PLAIN.imds().route(&request.body(()).ok()?.into_parts().0, &CALLER, now()).action {
         Action::Reply(answer) if answer.status() == StatusCode::OK => Some(answer.into_body().to_vec()),
         _ => None,
     }
@@ -137,7 +175,7 @@ pub fn token(token: &[u8], seconds_later: i64, another: bool) -> Option<bool> {
     let later = Timestamp::from_second(seconds_later).ok()?;
     let id = if another { "another" } else { CALLER.id };
     let caller = Caller { id, require_token: true, ..CALLER };
-    let routed = imds(false).route(&request.body(()).ok()?.into_parts().0, &caller, later);
+    let routed = Setting::PLAIN.imds().route(&request.body(()).ok()?.into_parts().0, &caller, later);
     Some(routed.token_ttl.is_some())
 }
 

@@ -35,6 +35,8 @@ pub(crate) struct Caller<'a> {
     pub(crate) id: &'a str,
     /// The bare name of its role: the last component of the ARN's path.
     pub(crate) role: Option<&'a str>,
+    /// STS refuses that role, and nothing is served: until it does not, no listing leads there.
+    pub(crate) refused: bool,
     /// Whether it has to present a session token (IMDSv2 only).
     pub(crate) require_token: bool,
     /// What it shows and hides of the real service for itself.
@@ -72,8 +74,8 @@ pub(crate) enum Rest {
     Nothing,
     /// From the real service: what the policy shows of it.
     Real(Policy),
-    /// From ourselves.
-    Simulated(Instance),
+    /// From ourselves: what the operator's view does not hide of it.
+    Simulated(Instance, View),
 }
 
 impl Imds {
@@ -113,7 +115,7 @@ impl Imds {
         match &self.rest {
             Rest::Real(policy) => forward.filter(policy, body),
             // Nothing is ever forwarded.
-            Rest::Nothing | Rest::Simulated(_) => String::new(),
+            Rest::Nothing | Rest::Simulated(..) => String::new(),
         }
     }
 
@@ -169,13 +171,14 @@ impl Imds {
     fn list_versions(&self, path: &CanonicalPath, now: Timestamp) -> Option<Action> {
         match self.rest {
             Rest::Real(_) => Some(Action::Forward(Forward::new(path.to_target()?, Some(Listing::Versions)))),
-            Rest::Nothing | Rest::Simulated(_) => Some(self.document(listing::VERSIONS, now)),
+            Rest::Nothing | Rest::Simulated(..) => Some(self.document(listing::VERSIONS, now)),
         }
     }
 
     fn resolve_iam(&self, rest: &[&str], caller: &Caller<'_>, now: Timestamp) -> Option<Action> {
         let role = caller.role?;
         match rest {
+            [] if caller.refused => None,
             [] => Some(self.document(listing::IAM, now)),
             ["info"] => Some(Action::Iam(IamRequest::Info)),
             ["security-credentials"] => Some(Action::Iam(IamRequest::RoleList)),
@@ -192,11 +195,14 @@ impl Imds {
         caller: &Caller<'_>,
         now: Timestamp,
     ) -> Option<Action> {
-        let has_role = caller.role.is_some();
+        let has_role = caller.role.is_some() && !caller.refused;
         let access = match &self.rest {
             Rest::Real(policy) => policy.access(rest, caller.view),
             Rest::Nothing => Access::Denied,
-            Rest::Simulated(instance) => return self.simulate(instance, rest, has_role, now),
+            Rest::Simulated(instance, view) => {
+                let hidden = |path: &[&str]| view.hides(path) || caller.view.hides(path);
+                return self.simulate(instance, rest, has_role, hidden, now);
+            }
         };
         let listing = match access {
             Access::Denied => {
@@ -211,8 +217,18 @@ impl Imds {
         Some(Action::Forward(Forward::new(path.to_target()?, listing)))
     }
 
-    fn simulate(&self, instance: &Instance, path: &[&str], has_role: bool, now: Timestamp) -> Option<Action> {
-        let body = instance.find(path, has_role)?;
+    fn simulate(
+        &self,
+        instance: &Instance,
+        path: &[&str],
+        has_role: bool,
+        hidden: impl Fn(&[&str]) -> bool,
+        now: Timestamp,
+    ) -> Option<Action> {
+        if hidden(path) {
+            return listing::own_listing(path, has_role).map(|list| self.document(list, now));
+        }
+        let body = instance.find(path, has_role, hidden)?;
         Some(match path {
             // The real service does not know what is in it either.
             ["user-data"] => Action::Reply(response::octets(body, self.started, now)),

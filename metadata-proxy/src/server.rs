@@ -29,7 +29,7 @@ use crate::{
     credentials::{Failure, RoleSession, Store},
     identity::{RoleArn, Verdict},
     imds::{
-        Action, Caller, Forward, IamRequest, Imds, PLAIN,
+        Action, Caller, Forward, IamRequest, Imds, PLAIN, Routed,
         iam::{self, CredentialDocument, IamFailure},
         response,
     },
@@ -43,8 +43,10 @@ use body::Body;
 pub(crate) use shares::Limits;
 use shares::Shares;
 
-/// What the daemon's end waits for requests in flight.
-const DRAIN: Duration = Duration::from_secs(5);
+/// What the daemon's end waits for requests in flight. Meanwhile the kernel holds new connections, before Linux 6.15 for
+/// only two seconds, in which the next daemon has to start as well: one client that does not read its answer must not cost
+/// others theirs.
+const DRAIN: Duration = Duration::from_millis(1500);
 
 pub(crate) struct Server {
     pub(crate) registry: Arc<Registry<Workload>>,
@@ -94,9 +96,9 @@ impl Server {
             };
             // Nested cgroups share what their container has.
             let cgroup = self.registry.find(&flow).map_or(flow.cgroup, |workload| workload.container.cgroup);
-            let Some(connected) = self.usage.connections.enter(cgroup, self.limits.connections) else {
-                self.metrics.refused("connections");
-                debug!(cgroup, "closed a connection over the limit of {}", self.limits.connections);
+            let limit = self.limits.connections;
+            let Some(connected) = self.usage.connections.enter(cgroup, limit) else {
+                self.refused("connections", limit, &flow);
                 continue;
             };
             let server = Arc::clone(&self);
@@ -123,13 +125,24 @@ impl Server {
     }
 
     async fn admit(&self, request: Request<Incoming>, peer: &Peer) -> Response<Body> {
-        let cgroup = peer.cgroup;
-        let Some(entered) = self.usage.requests.enter(cgroup, self.limits.requests) else {
-            self.metrics.refused("requests");
-            debug!(cgroup, "refused a request over the limit of {}", self.limits.requests);
+        let limit = self.limits.requests;
+        let Some(entered) = self.usage.requests.enter(peer.cgroup, limit) else {
+            self.refused("requests", limit, &peer.flow);
             return response::empty(StatusCode::SERVICE_UNAVAILABLE, Timestamp::now()).map(Body::from);
         };
         self.answer(request, peer).await.map(|body| body.of(entered))
+    }
+
+    fn refused(&self, what: &'static str, limit: usize, flow: &Flow) {
+        self.metrics.refused(what);
+        let workload = self.registry.find(flow);
+        let (log, container) = match &workload {
+            Some(workload) => (&workload.log, workload.container.name.as_str()),
+            None => (&self.log, "none"),
+        };
+        if let Some(Line { unsaid }) = log.line() {
+            warn!(container, cgroup = flow.cgroup, unsaid, "refused what is over its limit of {limit} {what}");
+        }
     }
 
     async fn answer(&self, request: Request<Incoming>, peer: &Peer) -> Response<Body> {
@@ -149,9 +162,7 @@ impl Server {
             Err(error) => ("unresolved", self.unknown_for_now(flow, &error, now).map(Body::from)),
         };
         self.metrics.answered(caller, answer.status());
-        if in_doubt(&head, answer.status()) {
-            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        }
+        close_in_doubt(&head, &mut answer);
         answer
     }
 
@@ -163,25 +174,21 @@ impl Server {
             answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             return answer;
         }
+        let refused = standing.role().is_some_and(|(_, session)| self.credentials.state(session).is_refused());
         let caller = Caller {
             id: &workload.container.id,
             role: standing.role_name(),
+            refused,
             require_token: standing.decision.require_imdsv2,
             view: &standing.decision.view,
         };
-        let routed = self.imds.route(head, &caller, now);
-        let mut answer = match (routed.action, standing.role()) {
-            (Action::Reply(answer), _) => answer.map(Body::from),
-            (Action::Iam(request), Some((arn, session))) => {
-                self.hand_out(request, arn, session, workload, head.uri.path()).await.map(Body::from)
-            }
-            // A role whose account is not known yet; without any role there is no such request.
-            (Action::Iam(_), None) => response::empty(StatusCode::SERVICE_UNAVAILABLE, now).map(Body::from),
-            (Action::Forward(forward), _) => self.forward(&forward, now).await,
+        let iam = async |request| match standing.role() {
+            Some((arn, session)) => self.hand_out(request, arn, session, workload, head.uri.path()).await,
+            // Its account is not known yet; without any role there is no such request.
+            None => response::empty(StatusCode::SERVICE_UNAVAILABLE, now),
         };
-        if let Some(ttl) = routed.token_ttl {
-            response::echo_token_ttl(answer.headers_mut(), ttl);
-        }
+        let forward = async |forward| self.forward(&forward, workload.container.cgroup, now).await;
+        let answer = carry_out(self.imds.route(head, &caller, now), iam, forward).await;
         debug!(
             container = workload.container.name,
             method = %head.method,
@@ -252,9 +259,10 @@ impl Server {
         }
     }
 
-    async fn forward(&self, forward: &Forward, now: Timestamp) -> Response<Body> {
+    async fn forward(&self, forward: &Forward, cgroup: u64, now: Timestamp) -> Response<Body> {
         let Some(upstream) = &self.upstream else { return response::not_found(now).map(Body::from) };
-        let Answer { status, headers, payload } = match upstream.get(forward.path(), forward.is_listing()).await {
+        let Answer { status, headers, payload } = match upstream.get(forward.path(), forward.is_listing(), cgroup).await
+        {
             Ok(answer) => answer,
             Err(error) => {
                 if let Some(Line { unsaid }) = self.log.line() {
@@ -284,7 +292,7 @@ impl Server {
             info!(cgroup = flow.cgroup, pid = flow.pid, path, unsaid, "refused a process of no known container");
         }
         let id = format!("cgroup {}", flow.cgroup);
-        let caller = Caller { id: &id, role: None, require_token: self.require_imdsv2, view: &PLAIN };
+        let caller = Caller { id: &id, role: None, refused: false, require_token: self.require_imdsv2, view: &PLAIN };
         match self.imds_of_strangers.route(head, &caller, now).action {
             Action::Reply(answer) => answer,
             Action::Iam(_) | Action::Forward(_) => response::not_found(now),
@@ -304,6 +312,8 @@ impl Server {
 pub(crate) fn http(limits: &Limits) -> http1::Builder {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
+        // Whoever says that he has no more to ask still wants his answer: `nc -N` and other plain clients.
+        .half_close(true)
         .header_read_timeout(limits.head_timeout)
         .max_buf_size(limits.head_size)
         .max_headers(limits.headers)
@@ -321,10 +331,30 @@ fn limit_of(error: &hyper::Error) -> Option<&'static str> {
     }
 }
 
-/// Whether the request, and so what follows it on the connection, may have been meant otherwise.
+/// Does what [`Imds::route`] has decided, with what it takes of others.
+pub(crate) async fn carry_out<B: From<Bytes>>(
+    routed: Routed,
+    iam: impl AsyncFnOnce(IamRequest) -> Response,
+    forward: impl AsyncFnOnce(Forward) -> Response<B>,
+) -> Response<B> {
+    let mut answer = match routed.action {
+        Action::Reply(answer) => answer.map(B::from),
+        Action::Iam(request) => iam(request).await.map(B::from),
+        Action::Forward(target) => forward(target).await,
+    };
+    if let Some(ttl) = routed.token_ttl {
+        response::echo_token_ttl(answer.headers_mut(), ttl);
+    }
+    answer
+}
+
+/// Ends the connection where the request, and so what follows it, may have been meant otherwise.
 ///
 /// A body in chunks may have come with a `Content-Length` as well, which hyper then hides from us: RFC 9112, section 6.1,
 /// wants such a connection closed. No SDK sends any body.
-pub(crate) fn in_doubt(head: &Parts, status: StatusCode) -> bool {
-    matches!(status, StatusCode::BAD_REQUEST | StatusCode::URI_TOO_LONG) || head.headers.contains_key(TRANSFER_ENCODING)
+pub(crate) fn close_in_doubt<B>(head: &Parts, answer: &mut Response<B>) {
+    let refused = matches!(answer.status(), StatusCode::BAD_REQUEST | StatusCode::URI_TOO_LONG);
+    if refused || head.headers.contains_key(TRANSFER_ENCODING) {
+        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
 }

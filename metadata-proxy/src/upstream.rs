@@ -6,11 +6,9 @@
 mod constant;
 mod pool;
 mod relay;
+mod slots;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{
@@ -19,21 +17,20 @@ use http::{
 };
 use http_body_util::Empty;
 use tokio::{
-    sync::{Mutex, OwnedSemaphorePermit, Semaphore},
-    time::timeout,
+    sync::Mutex,
+    time::{Instant, timeout},
 };
 use tracing::debug;
 
 use constant::Constants;
 use pool::{Exchange, Pool};
 pub(crate) use relay::{Cut, Payload};
+use slots::{Slot, Slots};
 
 /// From the question to the head of its answer, and to the end of what is taken whole. The SDKs' own patience is a second.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// User-data is at most 16 KiB, and nothing else in the tree is larger than a few.
 const BODY_LIMIT: usize = 1 << 20;
-/// Questions at the same time, answers that are still being passed on included; the rest wait, within their time.
-const AT_ONCE: usize = 128;
 const TOKEN_TTL: Duration = Duration::from_secs(21600);
 /// A token is renewed so long before its end that no request in flight can outlive it.
 const TOKEN_MARGIN: Duration = Duration::from_secs(60);
@@ -79,7 +76,7 @@ pub(crate) struct Answer {
 pub(crate) struct Upstream {
     endpoint: Uri,
     pool: Arc<Pool>,
-    slots: Arc<Semaphore>,
+    slots: Slots,
     /// Locked while a token is fetched: one for all who wait.
     session: Mutex<Option<Session>>,
     constants: Constants,
@@ -95,33 +92,32 @@ struct Session {
 impl Upstream {
     pub(crate) fn new(endpoint: Uri) -> Self {
         let pool = Arc::new(Pool::new(&endpoint));
-        let slots = Arc::new(Semaphore::new(AT_ONCE));
-        Self { endpoint, pool, slots, session: Mutex::default(), constants: Constants::default() }
+        Self { endpoint, pool, slots: Slots::new(), session: Mutex::default(), constants: Constants::default() }
     }
 
     /// Fetches a canonical path, also for a HEAD: the length of what is filtered is known only from the whole.
-    /// What is not wanted whole may come as a stream.
-    pub(crate) async fn get(&self, path: &str, whole: bool) -> Result<Answer, Error> {
+    /// What is not wanted whole may come as a stream. No asker can hold up the others.
+    pub(crate) async fn get(&self, path: &str, whole: bool, asker: u64) -> Result<Answer, Error> {
         if let Some(answer) = self.constants.get(path) {
             return Ok(answer);
         }
         let uri = self.uri(path)?;
         let whole = whole || constant::is_constant(path);
-        let asked = timeout(TIMEOUT, self.exchange(&uri, whole)).await;
+        let asked = timeout(TIMEOUT, self.exchange(&uri, whole, asker)).await;
         let answer = asked.unwrap_or_else(|_| Err(Error::Timeout(uri)))?;
         self.constants.keep(path, &answer);
         Ok(answer)
     }
 
-    async fn exchange(&self, uri: &Uri, whole: bool) -> Result<Answer, Error> {
-        // Fails only when closed, which it never is.
-        let slot = Arc::clone(&self.slots).acquire_owned().await.map_err(|error| failed(uri, error))?;
+    async fn exchange(&self, uri: &Uri, whole: bool, asker: u64) -> Result<Answer, Error> {
+        let slot = self.slots.take(asker).await.map_err(|error| failed(uri, error))?;
         let session = self.session().await?;
         let mut exchange = self.ask(uri, &session).await?;
         if exchange.status() == StatusCode::UNAUTHORIZED {
             // The token has been withdrawn, or tokens have become required.
             debug!("the real metadata service refuses our session token; taking another");
-            *self.session.lock().await = None;
+            // Unless somebody else has by now.
+            self.session.lock().await.take_if(|known| known.token == session.token);
             let session = self.session().await?;
             exchange = self.ask(uri, &session).await?;
             // To a container this status would say that its own token is bad.
@@ -142,6 +138,8 @@ impl Upstream {
         let status = exchange.status();
         let body = exchange.whole(TOKEN_LIMIT).await.map_err(|error| failed(&uri, error))?;
         let session = match body {
+            // Trouble, which says nothing about tokens.
+            _ if status.is_server_error() => return Err(failed(&uri, format!("it answers {status}"))),
             Some(body) if status == StatusCode::OK => {
                 let mut token = HeaderValue::from_maybe_shared(body).map_err(|error| failed(&uri, error))?;
                 token.set_sensitive(true);
@@ -189,7 +187,7 @@ fn failed(uri: &Uri, source: impl Into<Source>) -> Error {
     Error::Failed { uri: uri.clone(), source: source.into() }
 }
 
-async fn answer(uri: &Uri, exchange: Exchange, whole: bool, slot: OwnedSemaphorePermit) -> Result<Answer, Error> {
+async fn answer(uri: &Uri, exchange: Exchange, whole: bool, slot: Slot) -> Result<Answer, Error> {
     let status = exchange.status();
     let mut headers = HeaderMap::new();
     for name in [CONTENT_TYPE, ACCEPT_RANGES, ETAG, LAST_MODIFIED] {
@@ -208,3 +206,6 @@ async fn answer(uri: &Uri, exchange: Exchange, whole: bool, slot: OwnedSemaphore
     };
     Ok(Answer { status, headers, payload })
 }
+
+#[cfg(test)]
+mod tests;

@@ -55,6 +55,8 @@ pub struct Call {
     pub parameters: BTreeMap<String, String>,
     /// Who signed it.
     pub access_key: Option<String>,
+    /// For which it is signed.
+    pub region: Option<String>,
     pub user_agent: String,
     pub outcome: Outcome,
 }

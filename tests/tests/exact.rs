@@ -81,6 +81,28 @@ async fn http_1_0_gets_the_same_answer_and_the_end_of_the_connection() -> Result
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_says_that_he_has_no_more_to_ask_still_gets_his_answer() -> Result<()> {
+    // As `nc -N` does. The first is answered at once, the second when the real service has answered.
+    const ASK: &str = r#"
+import socket
+for path in ["iam/security-credentials/", "local-ipv4"]:
+    for version in ["1.0", "1.1"]:
+        sock = socket.create_connection(("169.254.169.254", 80), 5)
+        sock.sendall(b"GET /latest/meta-data/%s HTTP/%s\r\nHost: x\r\n\r\n" % (path.encode(), version.encode()))
+        sock.shutdown(socket.SHUT_WR)
+        answer = b""
+        while data := sock.recv(65536):
+            answer += data
+        print(answer.rpartition(b"\r\n\r\n")[2].decode())
+"#;
+    let stage = Stage::start().await?;
+    let web = web(&stage).await?;
+    let output = web.exec(["/usr/bin/python3", "-c", ASK]).await?.success()?;
+    assert_eq!(output.lines().collect::<Vec<_>>(), ["web", "web", "10.0.0.10", "10.0.0.10"]);
+    stage.assert_no_leak()
+}
+
 /// The address of the other family, in namespaces that have it and in those that have not.
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_find_the_service_at_its_ipv6_address() -> Result<()> {

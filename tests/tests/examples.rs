@@ -62,18 +62,25 @@ fn daemon_spec(host: &TestHost, service: &Value, arguments: &[&str]) -> Result<C
         };
     }
     spec.cmd[0] = "/opt/metadata-proxy".to_owned();
+    // Without a value they are passed on where they are set; what has one is the developer's own.
+    let passed_on = service["environment"].as_object().context("no environment")?;
+    ensure!(passed_on.keys().eq(["AWS_PROFILE", "AWS_REGION"]) && passed_on["AWS_REGION"].is_null(), "{passed_on:?}");
     Ok(daemon_options().env.iter().fold(spec, |spec, (name, value)| spec.env(name, value)))
 }
 
-async fn until_ready(daemon: &Container) -> Result<()> {
+/// As the compose file finds out.
+async fn until_healthy(daemon: &Container, service: &Value) -> Result<()> {
+    let mut check = texts(&service["healthcheck"]["test"]);
+    ensure!(check.len() > 1 && check.remove(0) == "CMD", "{service:#}");
+    check[0] = "/opt/metadata-proxy".to_owned();
     for _ in 0..200 {
-        if daemon.output().await?.1.contains("ready: ") {
+        if daemon.exec(check.clone()).await?.exit_code == 0 {
             return Ok(());
         }
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     }
     let (_, log) = daemon.output().await?;
-    anyhow::bail!("the daemon is not ready: {log}")
+    anyhow::bail!("the daemon is not healthy: {log}")
 }
 
 async fn app(host: &TestHost, name: &str) -> Result<Container> {
@@ -94,7 +101,7 @@ async fn the_compose_files_daemon_serves_containers_and_outlives_its_own() -> Re
     let host = TestHost::start().await?;
     let (imds, sts) = (stage::start_imds(&host)?, stage::start_sts(&host)?);
     let daemon = host.run(daemon_spec(&host, &service, &[])?).await?;
-    until_ready(&daemon).await?;
+    until_healthy(&daemon, &service).await?;
 
     let web = app(&host, "web").await?;
     assert_eq!(get(&web, ROLES).await?, "app");
@@ -111,7 +118,7 @@ async fn the_compose_files_daemon_serves_containers_and_outlives_its_own() -> Re
     let closed = get(&web, "instance-id").await;
     assert!(closed.is_err(), "{closed:?}");
     let daemon = host.run(daemon_spec(&host, &service, &[])?).await?;
-    until_ready(&daemon).await?;
+    until_healthy(&daemon, &service).await?;
     assert_eq!(get(&web, ROLES).await?, "app");
     assert!(imds.requests().is_empty(), "{:#?}", imds.requests());
     Ok(())
@@ -125,7 +132,7 @@ async fn a_daemon_in_a_container_keeps_the_real_service() -> Result<()> {
     let host = TestHost::start().await?;
     let (imds, _sts) = (stage::start_imds(&host)?, stage::start_sts(&host)?);
     let daemon = host.run(daemon_spec(&host, &service, &[])?).await?;
-    until_ready(&daemon).await?;
+    until_healthy(&daemon, &service).await?;
     let web = app(&host, "web").await?;
     assert_eq!(get(&web, "instance-id").await?, HOST_INSTANCE);
     assert_eq!(get(&daemon, "instance-id").await?, HOST_INSTANCE);
@@ -189,6 +196,7 @@ fn the_compose_files_app_needs_a_label_and_nothing_else() -> Result<()> {
     let compose = compose()?;
     let app = compose["services"]["app"].as_object().context("no app")?;
     assert!(app["labels"]["metadata-proxy.role"].is_string());
+    assert_eq!(app["depends_on"]["metadata-proxy"]["condition"], "service_healthy");
     for special in ["networks", "network_mode", "ports", "extra_hosts", "privileged", "cap_add", "volumes"] {
         assert!(!app.contains_key(special), "{special}");
     }

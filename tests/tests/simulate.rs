@@ -131,7 +131,8 @@ async fn roles_are_assumed_with_the_developers_profile() -> Result<()> {
     let of_others = keys("default", "AKIAOFSOMEBODYELSE00", "wrong");
     std::fs::write(&credentials, of_others + &keys("dev", BASE_ACCESS_KEY, BASE_SECRET_KEY))?;
     let options = DaemonOptions::default().arg("--simulate").env("AWS_PROFILE", "dev");
-    let options = options.env("AWS_CONFIG_FILE", config.display().to_string());
+    // An empty variable, as a compose file may pass it on, says nothing.
+    let options = options.env("AWS_REGION", "").env("AWS_CONFIG_FILE", config.display().to_string());
     let stage = Stage::on(host, options.env("AWS_SHARED_CREDENTIALS_FILE", credentials.display().to_string())).await?;
     let spec = ContainerSpec::resident("app").env("IAM_ROLE", &role_arn("app"));
     let app = stage.run(spec).await?;
@@ -140,6 +141,8 @@ async fn roles_are_assumed_with_the_developers_profile() -> Result<()> {
     assert_eq!(answers[0].0, "app", "{}", stage.daemon.log()?);
     let document: Value = serde_json::from_str(&answers[1].0)?;
     assert_eq!(stage.role_of(document["AccessKeyId"].as_str().context("no key")?).as_deref(), Some("app"));
+    let calls = stage.sts.calls();
+    assert!(calls.iter().all(|call| call.region.as_deref() == Some("eu-west-1")), "{calls:#?}");
     assert_nothing_upstream(&stage);
     Ok(())
 }

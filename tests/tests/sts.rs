@@ -167,6 +167,14 @@ async fn a_role_that_sts_refuses_is_no_role_and_is_not_asked_for_again_and_again
     ensure!(answer.status == 404 && answer.took < Duration::from_secs(3), "{answer:?}");
     ensure!(ask(&other, "").await?.body == "allowed", "another container suffers");
 
+    // Who lists what there is, as cloud-init does, is not led there either.
+    ensure!(ask(&refused, "../").await?.status == 404, "its iam is listed");
+    for (container, has_iam) in [(&refused, false), (&other, true)] {
+        let listing = ask(container, "../../").await?;
+        ensure!(listing.status == 200 && listing.body.contains("instance-id"), "{listing:?}");
+        ensure!(listing.body.lines().any(|entry| entry == "iam/") == has_iam, "{listing:?}");
+    }
+
     let script = format!("for i in $(seq 100); do curl -s -o /dev/null -w '%{{http_code}}\\n' {ROLE_LIST}; done");
     let finished = refused.exec(["/usr/bin/sh", "-c", &script]).await?;
     let statuses: Vec<&str> = finished.stdout.lines().collect();

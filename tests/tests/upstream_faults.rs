@@ -34,22 +34,26 @@ enum Act {
 type Script = fn(usize, &str) -> Vec<Act>;
 
 /// A service that is written for a test, speaks HTTP/1.1 and keeps its connections.
+#[derive(Clone, Default)]
 struct Service {
     connections: Arc<AtomicUsize>,
     requests: Arc<Mutex<Vec<String>>>,
+    /// Being answered, and how many were at most.
+    busy: Arc<AtomicUsize>,
+    busiest: Arc<AtomicUsize>,
 }
 
 impl Service {
     fn start(stage: &Stage, script: Script) -> Result<Self> {
         let listener = stage.bind_tcp(ADDRESS)?;
         listener.set_nonblocking(false)?;
-        let service = Self { connections: Arc::default(), requests: Arc::default() };
-        let (connections, requests) = (Arc::clone(&service.connections), Arc::clone(&service.requests));
+        let service = Self::default();
+        let shared = service.clone();
         thread::spawn(move || {
             for connection in listener.incoming().flatten() {
-                connections.fetch_add(1, Ordering::Relaxed);
-                let requests = Arc::clone(&requests);
-                thread::spawn(move || serve(&connection, script, &requests));
+                shared.connections.fetch_add(1, Ordering::Relaxed);
+                let service = shared.clone();
+                thread::spawn(move || service.serve(&connection, script));
             }
         });
         Ok(service)
@@ -62,25 +66,36 @@ impl Service {
     fn requests(&self) -> Vec<String> {
         self.requests.lock().expect("a thread has failed").clone()
     }
-}
 
-fn serve(mut connection: &TcpStream, script: Script, requests: &Mutex<Vec<String>>) {
-    let mut lines = BufReader::new(connection).lines().map_while(Result::ok);
-    for before in 0.. {
-        let Some(first) = lines.next() else { return };
-        lines.by_ref().take_while(|line| !line.is_empty()).for_each(drop);
-        let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
-        requests.lock().expect("a thread has failed").push(path.clone());
-        let acts = if first.starts_with("PUT") { vec![document("token")] } else { script(before, &path) };
-        for act in acts {
-            match act {
-                Act::Send(bytes) if connection.write_all(&bytes).is_err() => return,
-                Act::Send(_) => {}
-                Act::Pause(time) => thread::sleep(time),
-                Act::Close => return,
+    fn serve(&self, connection: &TcpStream, script: Script) {
+        let mut lines = BufReader::new(connection).lines().map_while(Result::ok);
+        for before in 0.. {
+            let Some(first) = lines.next() else { return };
+            lines.by_ref().take_while(|line| !line.is_empty()).for_each(drop);
+            let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
+            self.requests.lock().expect("a thread has failed").push(path.clone());
+            let acts = if first.starts_with("PUT") { vec![document("token")] } else { script(before, &path) };
+            let busy = self.busy.fetch_add(1, Ordering::Relaxed) + 1;
+            self.busiest.fetch_max(busy, Ordering::Relaxed);
+            let goes_on = carry_out(acts, connection);
+            self.busy.fetch_sub(1, Ordering::Relaxed);
+            if !goes_on {
+                return;
             }
         }
     }
+}
+
+/// Whether the connection is to be kept.
+fn carry_out(acts: Vec<Act>, mut connection: &TcpStream) -> bool {
+    acts.into_iter().all(|act| match act {
+        Act::Send(bytes) => connection.write_all(&bytes).is_ok(),
+        Act::Pause(time) => {
+            thread::sleep(time);
+            true
+        }
+        Act::Close => false,
+    })
 }
 
 fn announced(length: usize) -> Act {
@@ -300,6 +315,46 @@ async fn many_at_once_share_one_session() -> Result<()> {
     assert_eq!(requests.iter().filter(|path| *path == TOKEN).count(), 1, "{requests:?}");
     assert_eq!(requests.len(), 41);
     assert!(service.connections() > 10, "one after the other: {}", service.connections());
+    Ok(())
+}
+
+/// So many at a time ask again and again until the end of the container; how many do is said when all have begun.
+const CROWDING: &str = r#"
+import http.client, threading
+def ask():
+    while True:
+        try:
+            asking = http.client.HTTPConnection("169.254.169.254", timeout=5)
+            asking.request("GET", "/latest/meta-data/public-ipv4")
+            asking.getresponse().read()
+        except OSError:
+            pass
+threads = [threading.Thread(target=ask, daemon=True) for _ in range(40)]
+for thread in threads: thread.start()
+print("begun", flush=True)
+for thread in threads: thread.join()
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_before_a_slow_service_leaves_room_for_others() -> Result<()> {
+    let script: Script = |_, _| vec![Act::Pause(Duration::from_millis(500)), document("10.0.0.10")];
+    let (stage, service, web) = start(script).await?;
+    let crowds = ["crowd-1", "crowd-2", "crowd-3"].map(|name| {
+        let spec = ContainerSpec::on_host(name, ["/usr/bin/python3", "-c", CROWDING]);
+        stage.run(spec.label("metadata-proxy.role", &role_arn(name)))
+    });
+    for crowd in futures_util::future::try_join_all(crowds).await? {
+        while !crowd.output().await?.0.contains("begun") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // Each crowd of forty has its share of 32, and waits for the rest.
+    for outcome in read(&web, &[IPV4; 5]).await? {
+        assert_eq!((outcome.status, outcome.body.as_str()), (200, "10.0.0.10"), "{outcome:?}");
+    }
+    let busiest = service.busiest.load(Ordering::Relaxed);
+    assert!((64..=97).contains(&busiest), "{busiest} at once");
     Ok(())
 }
 

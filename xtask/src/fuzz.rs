@@ -86,7 +86,7 @@ fn one(fuzzer: &Path, name: &str, seconds: u32) -> anyhow::Result<Tried> {
     fs::create_dir_all(&found).with_context(|| format!("create {found}"))?;
     let mut fuzz = cargo_fuzz(fuzzer, "run");
     fuzz.args([name, &found, &format!("{CRATE}/corpus/{name}"), "--"]);
-    fuzz.args([&format!("-max_total_time={seconds}"), "-print_final_stats=1", "-max_len=4096", "-timeout=10"]);
+    fuzz.args([&format!("-max_total_time={seconds}"), "-print_final_stats=1", "-max_len=16384", "-timeout=10"]);
     let output = fuzz.stdout(Stdio::null()).output().with_context(|| format!("cannot run {}", fuzzer.display()))?;
     let log = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {

@@ -12,7 +12,13 @@ pub const TARGETS: [(&str, Target); 6] =
 
 /// From the bytes of a connection to those of its answers.
 pub fn request(input: &[u8]) {
-    let exchange = fuzz::request(input);
+    for setting in fuzz::Setting::ALL {
+        request_in(setting, input);
+    }
+}
+
+fn request_in(setting: fuzz::Setting, input: &[u8]) {
+    let exchange = fuzz::request(input, setting);
     let mut answers = exchange.answers.as_slice();
     let mut count = 0;
     while !answers.is_empty() {
@@ -22,7 +28,17 @@ pub fn request(input: &[u8]) {
     // At least "GET / HTTP/1.0" for each, with two line ends.
     assert!(count <= input.len() / 16 + 1, "{count} answers to {:?}", String::from_utf8_lossy(input));
     for path in exchange.asked {
+        assert!(!setting.simulated, "{path} is asked for");
         assert_harmless(&canonical(&path), &path);
+        assert!(setting.generous || !reveals_host(&canonical(&path)), "{path} is asked for");
+    }
+    // Nowhere but in the documents for which they were asked, each by a spelling of its path.
+    let secrets = exchange.answers.windows(fuzz::SECRET.len()).filter(|part| *part == fuzz::SECRET.as_bytes()).count();
+    assert!(secrets <= exchange.handed_out.len(), "{setting:?}: {}", String::from_utf8_lossy(input));
+    for target in exchange.handed_out {
+        assert!(setting.role, "{target}");
+        let path = canonical(target.split(['?', '#']).next().unwrap_or_default());
+        assert_eq!(below_version(&path), "meta-data/iam/security-credentials/app-1", "{target}");
     }
 }
 

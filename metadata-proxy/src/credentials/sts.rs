@@ -6,10 +6,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use aws_config::default_provider::credentials::DefaultCredentialsChain;
-use aws_config::default_provider::region::DefaultRegionChain;
 use aws_config::imds::credentials::ImdsCredentialsProvider;
 use aws_config::imds::region::ImdsRegionProvider;
-use aws_config::meta::region::RegionProviderChain;
+use aws_config::meta::region::{ProvideRegion as _, RegionProviderChain};
 use aws_config::profile::ProfileFileRegionProvider;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
@@ -226,14 +225,12 @@ async fn load(imds: Option<&imds::Client>, region: Option<Region>) -> Client {
 }
 
 async fn region(imds: Option<&imds::Client>) -> Option<Region> {
-    let Some(imds) = imds else {
-        return DefaultRegionChain::builder().build().region().await;
-    };
-    RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new())
-        .or_else(ProfileFileRegionProvider::new())
-        .or_else(ImdsRegionProvider::builder().imds_client(imds.clone()).build())
-        .region()
-        .await
+    // An empty variable is as good as unset, which the SDK takes for the name of a region.
+    let given = EnvironmentVariableRegionProvider::new().region().await.filter(|region| !region.as_ref().is_empty());
+    let instance =
+        imds.iter().fold(ImdsRegionProvider::builder(), |builder, imds| builder.imds_client((*imds).clone()));
+    let chain = RegionProviderChain::first_try(given).or_else(ProfileFileRegionProvider::new());
+    chain.or_else(instance.build()).region().await
 }
 
 #[cfg(test)]

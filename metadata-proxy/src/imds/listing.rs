@@ -69,7 +69,7 @@ pub(super) fn own_listing(directory: &[&str], has_role: bool) -> Option<String> 
 }
 
 /// The entry of a directory below the version that we answer, whatever upstream has there.
-fn own_entry(directory: &[&str], has_role: bool) -> Option<&'static str> {
+pub(super) fn own_entry(directory: &[&str], has_role: bool) -> Option<&'static str> {
     match directory {
         [] => Some("meta-data"),
         ["meta-data"] if has_role => Some("iam/"),

@@ -137,6 +137,12 @@ impl View {
         Self { opted_in: Vec::new(), denied: vec![Pattern::everything()] }
     }
 
+    /// Whether it hides a path below the version, in whatever case that is written.
+    pub(super) fn hides(&self, path: &[&str]) -> bool {
+        let lowered: Vec<_> = path.iter().map(|name| name.to_ascii_lowercase()).collect();
+        any_covers(&self.denied, &lowered.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
     /// Whether it shows more than the default does.
     pub(crate) fn widens(&self) -> bool {
         !self.opted_in.is_empty()
@@ -165,7 +171,7 @@ impl Policy {
         // Upstream might be less exact about case than the real service. What is denied is denied in every spelling.
         let lowered: Vec<_> = path.iter().map(|name| name.to_ascii_lowercase()).collect();
         let lowered: Vec<_> = lowered.iter().map(String::as_str).collect();
-        if any_covers(&self.never, &lowered) || views.iter().any(|view| any_covers(&view.denied, &lowered)) {
+        if any_covers(&self.never, &lowered) || views.iter().any(|view| view.hides(path)) {
             return Access::Denied;
         }
         let opted_in = any_covers(&self.optional, path) && views.iter().any(|view| any_covers(&view.opted_in, path));

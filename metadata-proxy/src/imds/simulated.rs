@@ -1,8 +1,8 @@
 //! An instance that is not there: everything that the real service would tell of it, from some settings. For machines
 //! off EC2.
 //!
-//! What is asked for is answered from a map of paths to documents, and listings follow from the paths. There is no
-//! policy: nothing here is secret but what the operator has put in for the containers to read.
+//! What is asked for is answered from a map of paths to documents, and listings follow from the paths. Nothing here is
+//! secret but what the operator has put in for the containers to read, so all is shown that nobody wants hidden.
 
 mod instance;
 
@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 
-use super::path::is_name;
+use super::{listing::own_entry, path::is_name};
 
 /// What may be said of the instance; everything has a default, the same on every machine.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -66,22 +66,24 @@ impl Instance {
         Ok(Self(documents))
     }
 
-    /// The document with this path below the version, or the listing of the directory. With a role, the caller's own
-    /// `iam/` is in the listing above it.
-    pub(super) fn find(&self, path: &[&str], has_role: bool) -> Option<String> {
+    /// The document with this path below the version, or the listing of the directory, without what is hidden. With a
+    /// role, the caller's own `iam/` is in the listing above it.
+    pub(super) fn find(&self, path: &[&str], has_role: bool, hidden: impl Fn(&[&str]) -> bool) -> Option<String> {
         let joined = path.join("/");
         if let Some(document) = self.0.get(&joined) {
             return Some(document.clone());
         }
         let prefix = if path.is_empty() { joined } else { joined + "/" };
         let below = self.0.range(prefix.clone()..).map_while(|(path, _)| path.strip_prefix(&prefix));
-        let mut entries: BTreeSet<String> = below.map(|rest| entry(path, rest)).collect();
+        let shown = below.filter(|rest| {
+            let whole: Vec<_> = path.iter().copied().chain(rest.split('/')).collect();
+            (path.len() + 1..=whole.len()).all(|depth| !hidden(&whole[..depth]))
+        });
+        let mut entries: BTreeSet<String> = shown.map(|rest| entry(path, rest)).collect();
         if entries.is_empty() {
             return None;
         }
-        if path == ["meta-data"] && has_role {
-            entries.insert("iam/".to_owned());
-        }
+        entries.extend(own_entry(path, has_role).map(str::to_owned));
         Some(entries.into_iter().collect::<Vec<_>>().join("\n"))
     }
 }
@@ -123,7 +125,7 @@ mod tests {
 
     fn find(text: &str, path: &str) -> Option<String> {
         let path: Vec<_> = path.split('/').filter(|name| !name.is_empty()).collect();
-        Instance::new(settings(text)).unwrap().find(&path, true)
+        Instance::new(settings(text)).unwrap().find(&path, true, |_| false)
     }
 
     #[test]
@@ -151,10 +153,10 @@ mod tests {
         let mut directories = vec![String::new()];
         while let Some(directory) = directories.pop() {
             let path: Vec<_> = directory.split('/').filter(|name| !name.is_empty()).collect();
-            for entry in instance.find(&path, false).unwrap().lines() {
+            for entry in instance.find(&path, false, |_| false).unwrap().lines() {
                 let name = entry.split_once('=').map_or(entry, |(number, _)| number).trim_end_matches('/');
                 let below: Vec<_> = path.iter().copied().chain([name]).collect();
-                assert!(instance.find(&below, false).is_some(), "{below:?}");
+                assert!(instance.find(&below, false, |_| false).is_some(), "{below:?}");
                 match instance.0.contains_key(&below.join("/")) {
                     true => documents += 1,
                     false => directories.push(below.join("/")),
@@ -167,7 +169,7 @@ mod tests {
     #[test]
     fn iam_is_listed_for_those_with_a_role() {
         let instance = Instance::new(Settings::default()).unwrap();
-        let listing = |has_role| instance.find(&["meta-data"], has_role).unwrap();
+        let listing = |has_role| instance.find(&["meta-data"], has_role, |_| false).unwrap();
         assert!(listing(true).contains("hostname\niam/\ninstance-action"));
         assert!(!listing(false).contains("iam"));
     }

@@ -8,7 +8,8 @@ use super::*;
 const TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 const TOKEN: &str = "x-aws-ec2-metadata-token";
 
-const CALLER: Caller<'static> = Caller { id: "c0ffee", role: Some("app-1"), require_token: false, view: &PLAIN };
+const CALLER: Caller<'static> =
+    Caller { id: "c0ffee", role: Some("app-1"), refused: false, require_token: false, view: &PLAIN };
 
 const NO_ROLE: Caller<'static> = Caller { role: None, ..CALLER };
 
@@ -359,7 +360,47 @@ fn listings_of_the_real_service_are_filtered_for_the_caller() {
 
 fn simulated(settings: &str) -> Imds {
     let instance = Instance::new(toml::from_str(settings).unwrap()).unwrap();
-    Imds::new(TokenKey::new(&[7; 32]), Rest::Simulated(instance), now())
+    Imds::new(TokenKey::new(&[7; 32]), Rest::Simulated(instance, View::default()), now())
+}
+
+#[test]
+fn what_the_operator_or_the_caller_hides_of_a_simulated_instance_is_hidden() {
+    let deny = |pattern: &str| View::new(&[], &[pattern.to_owned()], false).unwrap();
+    let instance = || Instance::new(toml::from_str("user-data = 'x'\ntags = { Name = 'y' }").unwrap()).unwrap();
+    let imds = |view| Imds::new(TokenKey::new(&[7; 32]), Rest::Simulated(instance(), view), now());
+    let (own, closed) = (deny("meta-data/tags"), View::closed());
+    let caller = Caller { view: &own, ..CALLER };
+    for (imds, caller) in [(imds(deny("meta-data/tags")), CALLER), (imds(View::default()), caller)] {
+        assert_eq!(get(&imds, &caller, "/latest/meta-data/tags/instance/Name"), "404");
+        assert_eq!(get(&imds, &caller, "/latest/meta-data/TAGS/instance/"), "404");
+        let listing = get(&imds, &caller, "/latest/meta-data/");
+        assert!(!listing.contains("tags") && listing.contains("\niam/\n"), "{listing}");
+        assert_eq!(get(&imds, &caller, "/latest/user-data"), "x");
+    }
+    let caller = Caller { view: &closed, ..CALLER };
+    for (target, expected) in [
+        ("/latest/", "meta-data"),
+        ("/latest/meta-data/", "iam/"),
+        ("/latest/meta-data/ami-id", "404"),
+        ("/latest/user-data", "404"),
+        ("/latest/meta-data/iam/security-credentials/", "RoleList"),
+    ] {
+        assert_eq!(get(&imds(View::default()), &caller, target), expected, "{target}");
+    }
+    let all_of_it = imds(deny("meta-data"));
+    assert_eq!(get(&all_of_it, &CALLER, "/latest/"), "dynamic\nmeta-data\nuser-data");
+    assert_eq!(get(&all_of_it, &CALLER, "/latest/meta-data/"), "iam/");
+}
+
+#[test]
+fn no_listing_leads_to_a_role_that_sts_refuses() {
+    let refused = Caller { refused: true, ..CALLER };
+    for imds in [simulated(""), imds()] {
+        assert_eq!(get(&imds, &refused, "/latest/meta-data/iam/"), "404");
+        // Asked for, it is tried again.
+        assert_eq!(get(&imds, &refused, "/latest/meta-data/iam/security-credentials/"), "RoleList");
+    }
+    assert!(!get(&simulated(""), &refused, "/latest/meta-data/").contains("iam"));
 }
 
 #[test]

@@ -4,14 +4,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::channel::{Channel, Sender};
-use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+use tokio::time::timeout;
 use tracing::debug;
 
-use super::pool::Exchange;
+use super::{pool::Exchange, slots::Slot};
 
 /// The real service's longest pause within a body.
 const STALL: Duration = Duration::from_secs(2);
-/// For all of a body. A container that takes it more slowly keeps neither a connection nor others waiting.
+/// For all of a body. A container that takes it more slowly loses it: it keeps a connection, and one of the slots of its
+/// own share, no longer than that.
 const WHOLE: Duration = Duration::from_secs(10);
 /// Of a body, so many pieces are read ahead of the container.
 const AHEAD: usize = 4;
@@ -35,8 +36,8 @@ pub(crate) enum Cut {
     Broken(#[from] hyper::Error),
 }
 
-/// In a task of its own: neither the slot nor the connection waits for a container that does not read.
-pub(super) fn start(exchange: Exchange, length: u64, slot: OwnedSemaphorePermit) -> Payload {
+/// In a task of its own, which ends also where the container does not read.
+pub(super) fn start(exchange: Exchange, length: u64, slot: Slot) -> Payload {
     let (mut sender, channel) = Channel::new(AHEAD);
     tokio::spawn(async move {
         let passed = timeout(WHOLE, pass_on(exchange, &mut sender)).await;

@@ -41,11 +41,13 @@ impl State {
         }
         let user_agent = headers.get(header::USER_AGENT).map(header::HeaderValue::as_bytes).unwrap_or_default();
         self.serial += 1;
+        let signer = wire::signer(headers);
         let call = Call {
             number: self.serial,
             action: parameters.remove("Action").unwrap_or_default(),
             parameters,
-            access_key: wire::access_key(headers),
+            access_key: signer.as_ref().map(|(key, _)| key.clone()),
+            region: signer.map(|(_, region)| region),
             user_agent: String::from_utf8_lossy(user_agent).into_owned(),
             outcome: Outcome::Open,
         };

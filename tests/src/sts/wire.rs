@@ -60,12 +60,13 @@ pub(crate) fn percent_decode(text: &str) -> String {
     String::from_utf8_lossy(&decoded).into_owned()
 }
 
-/// The key id in `Authorization: AWS4-HMAC-SHA256 Credential=KEY/DATE/REGION/sts/aws4_request, ...`.
-pub(crate) fn access_key(headers: &HeaderMap) -> Option<String> {
+/// The key id and the region in `Authorization: AWS4-HMAC-SHA256 Credential=KEY/DATE/REGION/sts/aws4_request, ...`.
+pub(crate) fn signer(headers: &HeaderMap) -> Option<(String, String)> {
     let authorization = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let (_, credential) = authorization.split_once("Credential=")?;
-    let (key, _scope) = credential.split_once('/')?;
-    Some(key.to_owned())
+    let mut parts = credential.split('/');
+    let (key, _date, region) = (parts.next()?, parts.next()?, parts.next()?);
+    Some((key.to_owned(), region.to_owned()))
 }
 
 /// `<{action}Response><{action}Result>{result}</...>`; `result` is XML already.
@@ -125,10 +126,10 @@ mod tests {
     #[test]
     fn the_access_key_is_the_first_part_of_the_credential() {
         let mut headers = HeaderMap::new();
-        assert_eq!(access_key(&headers), None);
+        assert_eq!(signer(&headers), None);
         let value =
             "AWS4-HMAC-SHA256 Credential=ASIAX/20260101/eu-west-1/sts/aws4_request, SignedHeaders=host, Signature=0";
         headers.insert(header::AUTHORIZATION, value.parse().unwrap());
-        assert_eq!(access_key(&headers).as_deref(), Some("ASIAX"));
+        assert_eq!(signer(&headers), Some(("ASIAX".to_owned(), "eu-west-1".to_owned())));
     }
 }
