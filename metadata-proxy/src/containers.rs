@@ -47,20 +47,20 @@ pub(crate) struct Container {
     pub(crate) env: HashMap<String, String>,
 }
 
-/// Of a container's first process. The engine's settings alone do not tell: it may remap all containers but some.
+/// Of a container. What its process is in does not tell alone, for the process may have made itself another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum UserNamespace {
     /// The daemon's, so that root in the container is root on the host, less the capabilities that it lacks.
     Host,
-    /// One of its own (`userns-remap`, or made by other means).
+    /// One of its own, of the engine's making (`userns-remap`).
     Own,
 }
 
 impl UserNamespace {
-    fn of(pid: u32) -> std::io::Result<Self> {
+    fn of(pid: u32, remapped: bool) -> std::io::Result<Self> {
         let of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user"));
-        Ok(if of(&pid.to_string())? == of("self")? { Self::Host } else { Self::Own })
+        Ok(if remapped && of(&pid.to_string())? != of("self")? { Self::Own } else { Self::Host })
     }
 }
 
@@ -83,6 +83,7 @@ pub(crate) struct Registry<W> {
 struct Entry<W> {
     pid: u32,
     cgroup: u64,
+    name: String,
     /// The engine could tell what came with the image.
     complete: bool,
     workload: Arc<W>,
@@ -213,7 +214,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
 
     async fn apply(&self, event: Event) {
         // Also of a stop: it may run again by now, and be known already.
-        let (Event::Started(id) | Event::Stopped(id)) = event;
+        let (Event::Started(id) | Event::Stopped(id) | Event::Renamed(id)) = event;
         match self.engine.inspect(&id).await {
             Ok(Lookup::Running(description)) => self.admit(*description),
             Ok(Lookup::Starting | Lookup::Unknown) => self.dismiss(&id),
@@ -257,7 +258,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
     fn admit(&self, description: docker::Description) {
         let (id, pid) = (description.id.clone(), description.pid);
         // Before its cgroup, which then shows that it was the container's process whose namespace that is.
-        let user_namespace = match UserNamespace::of(pid) {
+        let user_namespace = match UserNamespace::of(pid, description.remapped) {
             Ok(namespace) => namespace,
             Err(error) => return debug!("container {} has no process, it may be gone: {error}", description.name),
         };
@@ -267,13 +268,17 @@ impl<W: Send + Sync + 'static> Registry<W> {
         };
         let mut entries = self.write();
         let complete = description.from_image.is_some();
-        let known = |entry: &Entry<W>| entry.pid == pid && entry.cgroup == cgroup && (entry.complete || !complete);
+        let known = |entry: &Entry<W>| {
+            let same = entry.pid == pid && entry.cgroup == cgroup && entry.name == description.name;
+            same && (entry.complete || !complete)
+        };
         if entries.get(&id).is_some_and(known) {
             return;
         }
         info!(container = description.name, id = short(&id), pid, cgroup, "container started");
+        let name = description.name.clone();
         let workload = Arc::new((self.admit)(description.at(cgroup, user_namespace)));
-        let old = entries.insert(id.clone(), Entry { pid, cgroup, complete, workload });
+        let old = entries.insert(id.clone(), Entry { pid, cgroup, name, complete, workload });
         let mut cgroups = self.write_cgroups();
         if let Some(old) = &old {
             cgroups.remove(&old.cgroup);

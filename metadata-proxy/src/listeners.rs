@@ -66,7 +66,7 @@ struct Open {
 }
 
 /// Listeners that the kernel asked for and no container holds. Whoever can make namespaces could ask
-/// for any number; containers do not depend on these, for theirs are opened when they start.
+/// for any number, so the one that was used longest ago makes room; it is opened again if it is asked for.
 const STRANGERS: usize = 1024;
 /// How long the closing of all listeners may take.
 const CLOSED: Duration = Duration::from_secs(1);
@@ -74,7 +74,7 @@ const CLOSED: Duration = Duration::from_secs(1);
 const CLOSING: (u32, Duration) = (50, Duration::from_millis(5));
 
 /// Between the last SYN that was let through and the last connection that there is to accept.
-const SETTLE: Duration = Duration::from_millis(5);
+const SETTLE: Duration = Duration::from_millis(50);
 
 impl Listeners {
     pub(crate) fn new(
@@ -96,10 +96,7 @@ impl Listeners {
             if self.publish(netns) {
                 continue; // opened since; the connection's next SYN gets through
             }
-            if self.unheld() >= STRANGERS {
-                debug!("no listener in network namespace {netns}: too many that belong to no container");
-                continue;
-            }
+            self.make_room();
             // One attempt at a time for each namespace: a held connection asks again with each SYN.
             if !self.opening().insert(netns) {
                 continue;
@@ -195,7 +192,7 @@ impl Listeners {
             }
         }
         // First the kernel, so that it holds what comes from now on; then those whose handshake was
-        // under way, which on loopback is over in microseconds.
+        // under way, which on loopback is over in microseconds, if the machine has them.
         self.interceptor.unmark_listener(&listener);
         tokio::time::sleep(SETTLE).await;
         while let Ok(Ok((connection, _))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
@@ -253,8 +250,15 @@ impl Listeners {
         self.opening.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn unheld(&self) -> usize {
-        self.lock().values().filter(|open| open.holds == 0).count()
+    fn make_room(&self) {
+        let open = self.lock();
+        let unheld = || open.iter().filter(|(_, open)| open.holds == 0);
+        if unheld().count() < STRANGERS {
+            return;
+        }
+        let oldest = unheld().min_by_key(|(_, open)| open.last_used).map(|(netns, _)| *netns);
+        drop(open);
+        oldest.into_iter().for_each(|netns| self.close(netns));
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -285,13 +289,12 @@ impl Listeners {
         }
     }
 
-    /// Holds new connections and closes all listeners, for the end of the daemon.
+    /// Holds new connections and closes all listeners, for the end of the daemon. The kernel keeps their ports, for these
+    /// are what the connections wait for.
     pub(crate) async fn shut_down(&self) {
-        let open: Vec<u64> = self.lock().keys().copied().collect();
+        let open = std::mem::take(&mut *self.lock());
         info!("closing {} listeners; new connections wait for the next daemon", open.len());
-        for netns in open {
-            self.close(netns);
-        }
+        open.values().for_each(|open| open.close.cancel());
         self.tasks.close();
         // One that was being opened just now may stay; it ends with the process.
         if tokio::time::timeout(CLOSED, self.tasks.wait()).await.is_err() {

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io,
     os::{
-        fd::{AsFd as _, AsRawFd},
+        fd::{AsFd as _, AsRawFd, OwnedFd},
         unix::fs::MetadataExt as _,
     },
     process,
@@ -16,9 +16,11 @@ use std::{
 use anyhow::Context as _;
 use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, socket_with},
+    process::{Pid, PidfdFlags, pidfd_open},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 use tokio::{
+    io::{Interest, unix::AsyncFd},
     runtime::Handle,
     sync::{mpsc, oneshot},
 };
@@ -47,6 +49,21 @@ pub(crate) fn current_cookie() -> anyhow::Result<u64> {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).context("cannot create a socket")?;
     cookie(&socket).context("the kernel does not tell network namespaces apart (SO_NETNS_COOKIE, Linux 5.14)")
+}
+
+/// A hold on a process, which keeps nothing of it but its id.
+pub(crate) fn process(pid: u32) -> io::Result<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?)
+}
+
+/// Until that process has ended; at once if it is gone already.
+pub(crate) async fn end_of(process: io::Result<OwnedFd>) {
+    // SAFETY: an `OwnedFd` keeps its one descriptor open for as long as it lives.
+    let watch = |process| unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) };
+    if let Ok(process) = process.and_then(|process| watch(process).map_err(|error| error.into_parts().1)) {
+        let _ = process.readable().await;
+    }
 }
 
 /// A hold on the network namespace of this process.

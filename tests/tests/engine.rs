@@ -426,6 +426,22 @@ async fn an_engine_that_hangs_or_is_slow_delays_only_whom_nobody_knows_yet() -> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_network_of_a_dead_container_is_given_back_also_where_the_engine_does_not_tell() -> Result<()> {
+    let host = TestHost::start().await?;
+    let relay = Relay::start(&host)?;
+    let stage = relay.stage(host).await?;
+    let known = stage.run(idle_as("known", "known")).await?;
+    ensure!(ask(&known).await?.is("known"), "not served");
+    relay.set(Mode::Hang);
+    known.remove().await?;
+    let closed = |log: &str| log.contains("closing the listener in network namespace");
+    let Stage { mut daemon, .. } = stage;
+    daemon.wait_for("the end of its listener", SOON, closed).await?;
+    ensure!(!daemon.log()?.contains("container stopped"), "the engine did tell");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_container_that_the_engine_cannot_describe_is_nobody_elses_trouble() -> Result<()> {
     let host = TestHost::start().await?;
     let broken = host.run(idle_as("broken", "broken")).await?;
@@ -506,11 +522,12 @@ async fn the_first_source_that_names_a_role_decides() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_keeps_its_role_under_another_name_and_a_new_one_of_that_name_has_its_own() -> Result<()> {
-    let stage = Stage::start().await?;
+    let mut stage = Stage::start().await?;
     let first = stage.run(idle_as("web", "first")).await?;
     ensure!(ask(&first).await?.is("first"), "not served");
     let options = RenameContainerOptionsBuilder::new().name("web-old").build();
     stage.docker().rename_container("web", options).await?;
+    stage.daemon.wait_for("the new name", SOON, |log| log.contains("container=\"web-old\"")).await?;
     let second = stage.run(idle_as("web", "second")).await?;
     for _ in 0..3 {
         ensure!(ask(&first).await?.is("first"), "renamed, and no longer served");

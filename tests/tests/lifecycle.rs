@@ -179,6 +179,35 @@ async fn a_connection_waits_for_the_daemon_to_come_back() -> Result<()> {
     stage.assert_no_leak()
 }
 
+/// Is there before the daemon, on the port that it would take.
+const SQUATTER: &str = r#"
+import socket, time
+sock = socket.socket()
+sock.bind(("127.169.254.169", 16925))
+sock.listen()
+print("bound", flush=True)
+time.sleep(600)
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_waits_also_where_somebody_else_has_our_port() -> Result<()> {
+    let mut stage = Stage::start().await?;
+    stage.daemon.terminate(END).await?;
+    let spec = ContainerSpec::on_host("web", ["/usr/bin/python3", "-c", SQUATTER]);
+    let web = stage.run(spec.label("metadata-proxy.role", &role_arn("web"))).await?;
+    within(Duration::from_secs(20), "bound", async || Ok(web.output().await?.0.contains("bound"))).await?;
+    start_again(&mut stage).await?;
+    let containers = [web];
+    assert_served(&containers).await?;
+    stage.daemon.terminate(END).await?;
+    let waiting = tokio::spawn(async move { assert_served(&containers).await });
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    ensure!(!waiting.is_finished(), "answered or refused while there was no daemon");
+    start_again(&mut stage).await?;
+    waiting.await??;
+    stage.assert_no_leak()
+}
+
 /// Asks for more and more and reads none of it, until its own end or the other's.
 const GREEDY: &str = r#"
 import socket, time

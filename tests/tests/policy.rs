@@ -51,6 +51,9 @@ impl Ruled {
     }
 }
 
+const BY_NAMESPACE: &str =
+    "[[rule]]\nuser-namespace = 'own'\nallow = ['web']\n\n[[rule]]\nuser-namespace = 'host'\nallow = ['agent']\n";
+
 /// The role list; the status where there is none.
 async fn role(container: &Container) -> Result<String> {
     let curl = ["/usr/bin/curl", "-sS", "--max-time", "20", "-w", "\n%{http_code}", ROLE_LIST];
@@ -66,11 +69,32 @@ async fn assert_role(container: &Container, expected: &str) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_user_namespace_that_a_container_has_made_for_itself_matches_nothing() -> Result<()> {
+    let mut ruled = Ruled::start(BY_NAMESPACE).await?;
+    for (role, expected) in [("web", "404"), ("agent", "agent")] {
+        let spec = ContainerSpec::on_host(role, ["/usr/bin/unshare", "--user", "/usr/bin/sleep", "600"]);
+        let mut spec = spec.label(ROLE_LABEL, role);
+        spec.host_config.cap_add = Some(vec!["SYS_ADMIN".to_owned()]);
+        let container = ruled.stage.run(spec).await?;
+        let process = format!("/proc/{}/ns/user", container.pid().await?);
+        let begin = Instant::now();
+        while fs::read_link(&process)? == fs::read_link("/proc/self/ns/user")? {
+            ensure!(begin.elapsed() < Duration::from_secs(20), "{role} makes none: {:?}", container.output().await?);
+            sleep(Duration::from_millis(10)).await;
+        }
+        // The daemon looks anew, now that the process is in the other namespace.
+        let base = daemon_options().arg("--role-base").arg("arn:aws:iam::123456789012:role/");
+        let options = with_config(&ruled.stage, base, BY_NAMESPACE)?;
+        ruled.stage.replace_daemon(options).await?;
+        assert_role(&container, expected).await?;
+    }
+    ruled.stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn rules_match_on_whose_user_namespace_a_container_has() -> Result<()> {
-    const RULES: &str =
-        "[[rule]]\nuser-namespace = 'own'\nallow = ['web']\n\n[[rule]]\nuser-namespace = 'host'\nallow = ['agent']\n";
     let host = TestHost::start_with(HostOptions { userns_remap: true, ..HostOptions::default() }).await?;
-    let ruled = Ruled::on(host, RULES).await?;
+    let ruled = Ruled::on(host, BY_NAMESPACE).await?;
     for (name, userns_mode, role, expected) in [
         ("own-web", None, "web", "web"),
         ("own-agent", None, "agent", "404"),

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use bollard::{
     Docker,
     errors::Error,
-    models::{ContainerInspectResponse, ContainerStateStatusEnum, EventMessage, ImageConfig},
+    models::{ContainerInspectResponse, ContainerStateStatusEnum, EventMessage, ImageInspect},
     query_parameters::{EventsOptionsBuilder, InspectContainerOptions, ListContainersOptions},
 };
 use futures_util::{Stream, StreamExt as _, future};
@@ -31,9 +31,13 @@ pub(crate) struct Engine {
     clients: OnceCell<Clients>,
     /// What an image brings counts as if the container's starter had given it.
     trust_images: bool,
-    /// By id: an image never changes.
-    images: Mutex<HashMap<String, Arc<Settings>>>,
+    images: Mutex<HashMap<ImageKey, Arc<Settings>>>,
+    /// Whether it gives containers a user namespace of their own unless told otherwise; None: not asked yet.
+    remaps: Mutex<Option<bool>>,
 }
+
+/// Id and architecture: such an image never changes.
+type ImageKey = (String, Option<String>);
 
 struct Clients {
     docker: Docker,
@@ -48,7 +52,11 @@ pub(crate) struct Description {
     pub(crate) pid: u32,
     pub(crate) image: String,
     image_id: String,
+    /// Where an image is one of several architectures, that of the container.
+    architecture: Option<String>,
     network: String,
+    /// Whether it is to have a user namespace of its own.
+    pub(super) remapped: bool,
     pub(super) from_image: Option<Vec<String>>,
     settings: Settings,
 }
@@ -82,7 +90,7 @@ fn take_out(kind: &str, own: &mut HashMap<String, String>, image: &HashMap<Strin
 
 impl Description {
     pub(super) fn at(self, cgroup: u64, user_namespace: UserNamespace) -> Container {
-        let Self { id, name, pid, image, network, from_image, settings, image_id: _ } = self;
+        let Self { id, name, pid, image, network, from_image, settings, .. } = self;
         let Settings { labels, env } = settings;
         Container { id, name, pid, cgroup, image, network, user_namespace, from_image, labels, env }
     }
@@ -100,12 +108,19 @@ pub(crate) enum Lookup {
 pub(crate) enum Event {
     Started(String),
     Stopped(String),
+    Renamed(String),
 }
 
 impl Engine {
     /// Asks nothing yet.
     pub(crate) fn new(host: &str, trust_images: bool) -> Self {
-        Self { host: host.to_owned(), clients: OnceCell::new(), trust_images, images: Mutex::default() }
+        Self {
+            host: host.to_owned(),
+            clients: OnceCell::new(),
+            trust_images,
+            images: Mutex::default(),
+            remaps: Mutex::default(),
+        }
     }
 
     pub(crate) fn host(&self) -> &str {
@@ -152,24 +167,26 @@ impl Engine {
             Err(error) => return Err(error).context("cannot inspect a container"),
         };
         let Lookup::Running(mut description) = found else { return Ok(found) };
+        description.remapped &= self.remaps().await?;
         description.from_image = if self.trust_images {
             Some(Vec::new())
         } else {
-            let image = self.image(&description.image_id).await?;
+            let image = self.image(&description.image_id, description.architecture.as_ref()).await?;
             image.map(|image| description.settings.take_out(&image))
         };
         Ok(Lookup::Running(description))
     }
 
     /// The settings in an image; None if the engine cannot tell.
-    async fn image(&self, id: &str) -> anyhow::Result<Option<Arc<Settings>>> {
+    async fn image(&self, id: &str, architecture: Option<&String>) -> anyhow::Result<Option<Arc<Settings>>> {
         let images = || self.images.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = images().get(id).cloned();
+        let key = (id.to_owned(), architecture.cloned());
+        let known = images().get(&key).cloned();
         if known.is_some() {
             return Ok(known);
         }
-        let config = match self.clients().await?.docker.inspect_image(id).await {
-            Ok(image) => image.config.unwrap_or_default(),
+        let settings = match self.clients().await?.docker.inspect_image(id).await {
+            Ok(image) => settings_of(image, architecture),
             // Removed by force, or damaged: that container's trouble, not that of all others.
             Err(Error::DockerResponseServerError { status_code, message }) => {
                 warn!("the engine does not tell what is in image {id}: {status_code}, {message}");
@@ -177,20 +194,36 @@ impl Engine {
             }
             Err(error) => return Err(error).context("cannot inspect an image"),
         };
-        let ImageConfig { labels, env, .. } = config;
-        let settings = Arc::new(Settings::new(labels, env));
+        let Some(settings) = settings.map(Arc::new) else {
+            warn!("the engine does not tell what is in image {id}, of which it has no part for {architecture:?}");
+            return Ok(None);
+        };
         let mut images = images();
         if images.len() >= IMAGES {
             images.clear();
         }
-        images.insert(id.to_owned(), Arc::clone(&settings));
+        images.insert(key, Arc::clone(&settings));
         Ok(Some(settings))
     }
 
-    /// Starts and stops from now on, until the stream breaks.
+    /// Of the engine as a whole: its settings take a restart of it to change, which breaks the stream of events.
+    async fn remaps(&self) -> anyhow::Result<bool> {
+        let known = || self.remaps.lock().unwrap_or_else(PoisonError::into_inner);
+        let told = *known();
+        if let Some(remaps) = told {
+            return Ok(remaps);
+        }
+        let info = self.clients().await?.docker.info().await.context("cannot ask the engine about itself")?;
+        let remaps = info.security_options.unwrap_or_default().iter().any(|option| option.contains("name=userns"));
+        *known() = Some(remaps);
+        Ok(remaps)
+    }
+
+    /// Starts, stops and renamings from now on, until the stream breaks.
     pub(super) async fn events(&self) -> anyhow::Result<impl Stream<Item = anyhow::Result<Event>> + use<>> {
         let streaming = &self.clients().await?.streaming;
-        let filters = HashMap::from([("type", vec!["container"]), ("event", vec!["start", "die"])]);
+        *self.remaps.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let filters = HashMap::from([("type", vec!["container"]), ("event", vec!["start", "die", "rename"])]);
         // The request is sent when the stream is first asked, so the engine has to look back.
         let now = Timestamp::now();
         let since = format!("{}.{:09}", now.as_second(), now.subsec_nanosecond());
@@ -207,6 +240,7 @@ fn event(message: EventMessage) -> Option<Event> {
     match message.action.as_deref()? {
         "start" => Some(Event::Started(id)),
         "die" => Some(Event::Stopped(id)),
+        "rename" => Some(Event::Renamed(id)),
         _ => None,
     }
 }
@@ -223,18 +257,31 @@ fn lookup(response: ContainerInspectResponse) -> Lookup {
     };
     let config = response.config.unwrap_or_default();
     let name = response.name.unwrap_or_default();
-    let network = response.host_config.and_then(|host| host.network_mode).unwrap_or_default();
+    let host = response.host_config.unwrap_or_default();
+    let network = host.network_mode.unwrap_or_default();
+    let platform = response.image_manifest_descriptor.and_then(|manifest| manifest.platform);
     Lookup::Running(Box::new(Description {
         name: name.trim_start_matches('/').to_owned(),
         id,
         pid,
         image: config.image.unwrap_or_default(),
         image_id: response.image.unwrap_or_default(),
+        architecture: platform.and_then(|platform| platform.architecture),
+        remapped: host.userns_mode.as_deref() != Some("host"),
         // Two names of the same, depending on the client that created the container.
         network: if network == "default" { "bridge".to_owned() } else { network },
         from_image: None,
         settings: Settings::new(config.labels, config.env),
     }))
+}
+
+/// What an image brings; None if that is not told, or of another part than the container's. With the containerd image
+/// store an engine answers without a configuration, or with an empty one, where it has nothing of an image for its own
+/// platform, and a container can be of another than it shows.
+fn settings_of(image: ImageInspect, architecture: Option<&String>) -> Option<Settings> {
+    let shown = image.architecture.filter(|architecture| !architecture.is_empty())?;
+    let config = image.config?;
+    architecture.is_none_or(|architecture| *architecture == shown).then(|| Settings::new(config.labels, config.env))
 }
 
 fn pair(variable: &str) -> Option<(String, String)> {
@@ -244,7 +291,7 @@ fn pair(variable: &str) -> Option<(String, String)> {
 
 #[cfg(test)]
 mod tests {
-    use bollard::models::{ContainerConfig, ContainerState, EventActor};
+    use bollard::models::{ContainerConfig, ContainerState, EventActor, HostConfig, ImageConfig};
 
     use super::*;
 
@@ -294,6 +341,40 @@ mod tests {
         let mut own = settings("web", "/usr/bin");
         assert_eq!(own.take_out(&image), [""; 0]);
         assert_eq!((own.labels.len(), own.env.len()), (1, 2));
+    }
+
+    #[test]
+    fn an_image_of_which_nothing_is_told_is_not_taken_for_one_that_brings_nothing() {
+        let role = || HashMap::from([("metadata-proxy.role".to_owned(), "admin".to_owned())]);
+        let image = |architecture: &str, config: Option<ImageConfig>| ImageInspect {
+            architecture: Some(architecture.to_owned()),
+            config,
+            ..Default::default()
+        };
+        let config = || Some(ImageConfig { labels: Some(role()), ..Default::default() });
+        let (own, other) = ("amd64".to_owned(), "arm64".to_owned());
+        for architecture in [None, Some(&own)] {
+            let settings = settings_of(image("amd64", config()), architecture).unwrap();
+            assert_eq!(settings.labels, role());
+        }
+        assert!(settings_of(image("amd64", config()), Some(&other)).is_none());
+        assert!(settings_of(image("amd64", None), None).is_none());
+        assert!(settings_of(image("", Some(ImageConfig::default())), None).is_none());
+        assert!(settings_of(ImageInspect { config: config(), ..Default::default() }, None).is_none());
+    }
+
+    #[test]
+    fn a_container_is_remapped_unless_it_says_otherwise() {
+        let lookup_with = |mode: Option<&str>| {
+            let state = ContainerState { running: Some(true), pid: Some(7), ..Default::default() };
+            let host = HostConfig { userns_mode: mode.map(str::to_owned), ..Default::default() };
+            let (id, state, host_config) = (Some("id".to_owned()), Some(state), Some(host));
+            match lookup(ContainerInspectResponse { id, state, host_config, ..Default::default() }) {
+                Lookup::Running(description) => description.remapped,
+                _ => panic!("not running"),
+            }
+        };
+        assert_eq!([None, Some(""), Some("host")].map(lookup_with), [true, true, false]);
     }
 
     #[test]
