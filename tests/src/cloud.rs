@@ -22,7 +22,7 @@ use crate::{
 const HOST: [&str; 7] = [
     "address del 169.254.169.254/32 dev lo",
     "address del fd00:ec2::254/128 dev lo",
-    "address add 198.51.100.1/30 dev up0",
+    "address add 198.51.100.1/24 dev up0",
     "address add 2001:db8:9::1/64 dev up0 nodad",
     "link set up0 up",
     "route add 169.254.169.254/32 via 198.51.100.2",
@@ -31,7 +31,7 @@ const HOST: [&str; 7] = [
 const BEYOND: [&str; 8] = [
     "link set lo up",
     "link set cloud0 up",
-    "address add 198.51.100.2/30 dev cloud0",
+    "address add 198.51.100.2/24 dev cloud0",
     "address add 2001:db8:9::2/64 dev cloud0 nodad",
     "address add 169.254.169.254/32 dev lo",
     "address add fd00:ec2::254/128 dev lo nodad",

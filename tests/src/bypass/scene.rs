@@ -31,6 +31,7 @@ const LIMIT: &str = "20";
 pub(super) const PROBE: &str = "/probe";
 pub(super) const SHARE: &str = "/share";
 const V6_NETWORK: &str = "with-ipv6";
+const MACVLAN: &str = "on-the-uplink";
 
 pub(super) struct Scene {
     // In the order of their end.
@@ -62,6 +63,7 @@ impl Scene {
         let share = host.directory().join("share");
         std::fs::create_dir(&share).context("making the shared directory")?;
         create_v6_network(&host).await?;
+        create_macvlan(&host).await?;
         let probe = probe()?;
         let mut scene = Self {
             daemon: None,
@@ -100,6 +102,7 @@ impl Scene {
                 spec.network = Network::Host;
             }
             Place::V6 => spec.network = Network::Named(V6_NETWORK.into()),
+            Place::Macvlan => spec.network = Network::Named(MACVLAN.into()),
             Place::None => spec.network = Network::None,
             Place::Pod => {}
             Place::Side => spec.network = Network::Container(Place::Pod.name().into()),
@@ -249,6 +252,26 @@ async fn create_v6_network(host: &TestHost) -> Result<()> {
         ..Default::default()
     };
     host.docker().create_network(request).await.context("creating a network with IPv6")?;
+    Ok(())
+}
+
+/// In the network between the host and what is beyond.
+async fn create_macvlan(host: &TestHost) -> Result<()> {
+    let text = |text: &str| Some(text.to_owned());
+    let config = IpamConfig {
+        subnet: text("198.51.100.0/24"),
+        ip_range: text("198.51.100.128/25"),
+        gateway: text("198.51.100.2"),
+        ..Default::default()
+    };
+    let request = NetworkCreateRequest {
+        name: MACVLAN.into(),
+        driver: text("macvlan"),
+        options: Some(HashMap::from([("parent".into(), "up0".into())])),
+        ipam: Some(Ipam { config: Some(vec![config]), ..Default::default() }),
+        ..Default::default()
+    };
+    host.docker().create_network(request).await.context("creating a network on the uplink")?;
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! The ways that one process goes by itself, each in a container that fits.
 
-use super::Expect::{self, Known, Ours, Refused};
+use super::Expect::{self, Known, Ours, Refused, RefusedIfThere};
 
 /// A container that the table's ways are tried in. Its role has its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub(super) enum Place {
     HostPrivileged,
     /// A bridge with IPv6.
     V6,
+    /// On the uplink itself, past the host's bridges.
+    Macvlan,
     /// No network but a loopback.
     None,
     /// Two in the network namespace of a third.
@@ -29,7 +31,7 @@ pub(super) enum Place {
 }
 
 impl Place {
-    pub(super) const ALL: [Self; 14] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::Plain,
         Self::Unconfined,
         Self::NetAdmin,
@@ -37,6 +39,7 @@ impl Place {
         Self::Host,
         Self::HostPrivileged,
         Self::V6,
+        Self::Macvlan,
         Self::None,
         Self::Pod,
         Self::Side,
@@ -55,6 +58,7 @@ impl Place {
             Self::Host => "host",
             Self::HostPrivileged => "host-privileged",
             Self::V6 => "ipv6",
+            Self::Macvlan => "macvlan",
             Self::None => "none",
             Self::Pod => "pod",
             Self::Side => "side",
@@ -117,7 +121,7 @@ pub(super) const TABLE: &[Way] = &[
     way("repair", Place::NetAdmin, Refused),
     held(way("options", Place::Plain, Refused)), // our egress program takes plain headers only
     held(vain("source-route", Place::Plain, Refused)),
-    vain("smc", Place::Plain, Refused),
+    vain("smc", Place::Plain, RefusedIfThere),
     // In other surroundings.
     way("connect", Place::Unconfined, Ours("unconfined")),
     way("connect", Place::Privileged, Ours("privileged")),
@@ -126,6 +130,7 @@ pub(super) const TABLE: &[Way] = &[
     way("v6", Place::Host, Ours("host")),
     way("mptcp", Place::Host, Ours("host")),
     way("connect", Place::HostPrivileged, Ours("host-privileged")),
+    way("connect", Place::Macvlan, Ours("macvlan")),
     vain("connect", Place::None, Ours("none")),
     way("connect", Place::Pod, Ours("pod")),
     way("connect", Place::Side, Ours("side")),
@@ -168,11 +173,12 @@ pub(super) const TABLE: &[Way] = &[
     way("ping", Place::Plain, Refused),
     way("ping-raw", Place::Plain, Refused),
     way("ping-raw", Place::Host, Refused),
-    vain("stream 132", Place::Plain, Refused), // SCTP
-    vain("stream 33", Place::Plain, Refused),  // DCCP
+    vain("stream 132", Place::Plain, RefusedIfThere), // SCTP
+    vain("stream 33", Place::Plain, RefusedIfThere),  // DCCP
     way("raw-tcp", Place::Plain, Refused),
     way("raw-tcp-connected", Place::Plain, Refused),
     way("raw-tcp", Place::Host, Refused),
+    way("raw-tcp", Place::Macvlan, Refused),
     way("raw-header", Place::Plain, Refused),
     way("raw-header", Place::Host, Refused),
     vain("raw-source-route", Place::Plain, Refused), // hosts ignore source routes unless told otherwise
@@ -182,7 +188,11 @@ pub(super) const TABLE: &[Way] = &[
     way("frame eth0", Place::Plain, Refused),
     way("frame-direct eth0", Place::Plain, Refused),
     way("frame-xdp eth0", Place::Plain, Refused),
+    way("frame eth0", Place::Macvlan, Refused),
+    way("frame6 eth0", Place::Macvlan, Refused),
+    way("frame-direct eth0", Place::Macvlan, Refused),
     way("frame up0", Place::Host, Refused),
+    way("frame6 up0", Place::Host, Refused),
     way("frame-direct up0", Place::Host, Known(DIRECT)),
     way("frame-xdp up0", Place::Host, Known(DIRECT)),
 ];

@@ -6,23 +6,34 @@ use libc::{AF_PACKET, AF_XDP, SOCK_DGRAM, SOCK_RAW};
 
 use crate::{
     Outcome, Tried, at,
-    packets::{accepted, ip_packet, raw_receiver},
+    packets::{accepted, ip_packet, ip6_packet, raw_receiver},
     sys::{self, Address},
     tcp,
 };
 
 const IPV4: u16 = 0x0800;
+const IPV6: u16 = 0x86dd;
+
+#[derive(Clone, Copy)]
+pub(crate) enum Packet {
+    V4,
+    V6,
+}
 
 /// By AF_PACKET; on request past the queueing discipline too, where tc looks at frames.
-pub(crate) fn packet(interface: &str, direct: bool) -> Tried {
+pub(crate) fn packet(interface: &str, packet: Packet, direct: bool) -> Tried {
     const PACKET_QDISC_BYPASS: libc::c_int = 20;
     let receiver = raw_receiver()?;
-    let to = Address::link(IPV4, index(interface)?, next_hop()?);
+    let (protocol, packet) = match packet {
+        Packet::V4 => (IPV4, ip_packet(tcp::own_address()?)),
+        Packet::V6 => (IPV6, ip6_packet()),
+    };
+    let to = Address::link(protocol, index(interface)?, next_hop()?);
     let socket = sys::socket(AF_PACKET, SOCK_DGRAM, 0).map_err(at("socket"))?;
     if direct {
         sys::set_number(&socket, libc::SOL_PACKET, PACKET_QDISC_BYPASS, 1).map_err(at("PACKET_QDISC_BYPASS"))?;
     }
-    sys::send(&socket, &ip_packet(tcp::own_address()?), 0, Some(&to)).map_err(at("sendto"))?;
+    sys::send(&socket, &packet, 0, Some(&to)).map_err(at("sendto"))?;
     accepted(&receiver)
 }
 
@@ -44,12 +55,17 @@ fn next_hop() -> Result<[u8; 6], Outcome> {
     // Makes the kernel ask for it.
     let socket = sys::socket(libc::AF_INET, SOCK_DGRAM, 0).map_err(at("socket"))?;
     sys::send(&socket, b"hello", 0, Some(&Address::v4(gateway, 9))).map_err(at("sendto the gateway"))?;
-    std::thread::sleep(std::time::Duration::from_millis(5));
-    let table = fs::read_to_string("/proc/net/arp").map_err(at("/proc/net/arp"))?;
     let wanted = format!("{} ", Ipv4Addr::from(gateway));
-    let entry = table.lines().find(|line| line.starts_with(&wanted));
-    let address = entry.and_then(|line| line.split_whitespace().nth(3)).and_then(hardware);
-    address.ok_or_else(|| Outcome::Error("the gateway has no hardware address".into()))
+    for _ in 0..200 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        let table = fs::read_to_string("/proc/net/arp").map_err(at("/proc/net/arp"))?;
+        let entry = table.lines().find(|line| line.starts_with(&wanted));
+        let address = entry.and_then(|line| line.split_whitespace().nth(3)).and_then(hardware);
+        if let Some(address) = address.filter(|address| *address != [0; 6]) {
+            return Ok(address);
+        }
+    }
+    Err(Outcome::Error("the gateway has no hardware address".into()))
 }
 
 fn hardware(text: &str) -> Option<[u8; 6]> {

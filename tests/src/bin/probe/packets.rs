@@ -117,12 +117,7 @@ pub(crate) fn raw6(header: bool) -> Tried {
     if header {
         let socket = sys::socket(AF_INET6, SOCK_RAW, IPPROTO_RAW).map_err(at("socket"))?;
         sys::set_number(&socket, IPPROTO_IPV6, IPV6_HDRINCL, 1).map_err(at("IPV6_HDRINCL"))?;
-        // From nowhere: it is enough that it would arrive.
-        let mut packet = vec![0x60, 0, 0, 0, 0, 20, 6, 64];
-        packet.extend([0xfd, 0, 0x77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]);
-        packet.extend(IMDS_V6);
-        packet.extend(&syn);
-        sys::send(&socket, &packet, 0, Some(&to)).map_err(at("sendto"))?;
+        sys::send(&socket, &ip6_packet(), 0, Some(&to)).map_err(at("sendto"))?;
     } else {
         sys::set_number(&receiver, IPPROTO_IPV6, libc::IPV6_CHECKSUM, 16).map_err(at("IPV6_CHECKSUM"))?;
         sys::send(&receiver, &syn, 0, Some(&to)).map_err(at("sendto"))?;
@@ -179,6 +174,15 @@ pub(crate) fn ip_packet(source: [u8; 4]) -> Vec<u8> {
     let sum = checksum(&packet);
     packet[10..12].copy_from_slice(&sum.to_be_bytes());
     packet.extend(syn(&source, &IMDS_V4, 80));
+    packet
+}
+
+/// As IPv6, from nowhere: it is enough that it would arrive.
+pub(crate) fn ip6_packet() -> Vec<u8> {
+    let mut packet = vec![0x60, 0, 0, 0, 0, 20, 6, 64];
+    packet.extend([0xfd, 0, 0x77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]);
+    packet.extend(IMDS_V6);
+    packet.extend(syn(&[0; 16], &IMDS_V6, 80));
     packet
 }
 

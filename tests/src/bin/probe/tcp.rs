@@ -264,16 +264,20 @@ pub(crate) fn squat(address: [u8; 4], port: u16) -> Tried {
     Ok(Outcome::Served { answer: "the squatter got a connection".into(), peer: String::new() })
 }
 
-/// Asks without pause for so many milliseconds; every answer must be the same, failures are counted.
+/// Asks without pause for so many milliseconds; every answer must be the same, and none may fail.
 pub(crate) fn hammer(ms: u64) -> Tried {
     let end = Instant::now() + Duration::from_millis(ms);
-    let (mut answers, mut failures) = (Vec::<String>::new(), 0);
+    let mut answers = Vec::<String>::new();
     while Instant::now() < end {
         match to(IMDS_V4, 80) {
             Ok(Outcome::Served { answer, .. }) if answers.contains(&answer) => {}
             Ok(Outcome::Served { answer, .. }) => answers.push(answer),
-            _ => failures += 1,
+            Ok(Outcome::Refused(why) | Outcome::Timeout(why) | Outcome::Error(why))
+            | Err(Outcome::Refused(why) | Outcome::Timeout(why) | Outcome::Error(why)) => {
+                return Err(Outcome::Refused(format!("once: {why}, and before: {}", answers.join(" and "))));
+            }
+            Err(Outcome::Served { .. }) => {}
         }
     }
-    Ok(Outcome::Served { answer: answers.join(" and "), peer: format!("{failures} failed") })
+    Ok(Outcome::Served { answer: answers.join(" and "), peer: String::new() })
 }
