@@ -34,6 +34,9 @@ pub const BASE_IDENTITY: &str = "arn:aws:iam::111122223333:user/metadata-proxy";
 pub enum Fault {
     /// `AccessDenied`, 403, as when the trust policy does not name the caller. Not worth a retry.
     Refuse,
+    /// Policies that allow these actions only: `AccessDenied` for a call that takes another, which is `sts:TagSession` with
+    /// tags and `sts:SetSourceIdentity` with a source identity.
+    Allow(&'static [&'static str]),
     /// `Throttling`, 400. Worth a retry.
     Throttle,
     /// `InternalFailure`, 500. Worth a retry.

@@ -190,6 +190,37 @@ async fn a_role_that_sts_refuses_is_no_role_and_is_not_asked_for_again_and_again
     stage.assert_no_leak()
 }
 
+/// Each is an action of its own, which a policy that only knows `sts:AssumeRole` does not allow.
+#[tokio::test(flavor = "multi_thread")]
+async fn tags_and_source_identities_that_no_policy_allows_are_named_as_such() -> Result<()> {
+    let stage = Stage::start().await?;
+    let spec = |name: &str, label: &str, value: &str| {
+        ContainerSpec::resident(name)
+            .label(ROLE_LABEL, &role_arn(name))
+            .label(&format!("metadata-proxy.{label}"), value)
+    };
+    stage.sts.set_fault(Some(Fault::Allow(&["sts:AssumeRole"])));
+    for (name, label, value, action) in [
+        ("tagged", "session-tags", "team=web", "sts:TagSession"),
+        ("sourced", "source-identity", "alice", "sts:SetSourceIdentity"),
+    ] {
+        let container = stage.run(spec(name, label, value)).await?;
+        ask_until(&container, "", 404, Duration::from_secs(10)).await?;
+        let explained = stage.command(program()?).args(["explain", name]).output()?;
+        let explained = String::from_utf8(explained.stdout)?;
+        let remedy = format!("must allow sts:AssumeRole and {action} (");
+        ensure!(explained.contains(&remedy), "no {remedy:?} in {explained}");
+    }
+    let plain = idle(&stage, "plain", "plain").await?;
+    ask_until(&plain, "", 200, Duration::from_secs(10)).await?;
+
+    stage.sts.set_fault(Some(Fault::Allow(&["sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity"])));
+    let spec = spec("both", "session-tags", "team=web").label("metadata-proxy.source-identity", "alice");
+    let both = stage.run(spec).await?;
+    ask_until(&both, "", 200, Duration::from_secs(10)).await?;
+    stage.assert_no_leak()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn throttling_and_errors_of_sts_are_tried_again() -> Result<()> {
     for fault in [Fault::Throttle, Fault::ServerError] {

@@ -1,8 +1,11 @@
 //! Why there are no credentials, in the two kinds that callers must tell apart, and how the SDK's errors map to them.
 
 use std::error::Error;
+use std::fmt;
 
 use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
+
+use super::RoleSession;
 
 /// `Refused`: the role is not for us, and asking again does not help until somebody changes something.
 /// `Unavailable`: nobody has said no, so asking again later may help.
@@ -65,15 +68,33 @@ fn throttles(code: &str, status: u16) -> bool {
     status == 429 || base(code).contains("Throttl") || THROTTLING.contains(&base(code))
 }
 
-/// The failure of a call about `subject` (a role, or "the daemon's own identity"), worded for the operator.
-pub(super) fn from_sdk<E>(error: &SdkError<E>, subject: &str, identity: Option<&str>) -> Failure
+/// What a call of STS was about.
+#[derive(Clone, Copy)]
+pub(super) enum Subject<'a> {
+    /// Who the daemon is.
+    Caller,
+    /// A role, and who the daemon is as far as that is known.
+    Role { session: &'a RoleSession, caller: Option<&'a str> },
+}
+
+impl fmt::Display for Subject<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Caller => f.write_str("the daemon's own identity"),
+            Self::Role { session, .. } => f.write_str(&session.role_arn),
+        }
+    }
+}
+
+/// The failure of a call, worded for the operator.
+pub(super) fn from_sdk<E>(error: &SdkError<E>, subject: Subject<'_>) -> Failure
 where
     E: ProvideErrorMetadata + Error + 'static,
 {
     match error {
         SdkError::ServiceError(answer) => {
             let status = answer.raw().status().as_u16();
-            from_answer(answer.err().code(), answer.err().message(), status, subject, identity)
+            from_answer(answer.err().code(), answer.err().message(), status, subject)
         }
         SdkError::TimeoutError(_) => Failure::unavailable(format!(
             "STS did not answer in time for {subject}; check the network path to it and AWS_ENDPOINT_URL_STS"
@@ -104,18 +125,12 @@ pub(super) fn lacks_source<E: Error + 'static>(error: &SdkError<E>) -> bool {
     unsigned && causes(error).contains("credential")
 }
 
-fn from_answer(
-    code: Option<&str>,
-    message: Option<&str>,
-    status: u16,
-    subject: &str,
-    identity: Option<&str>,
-) -> Failure {
+fn from_answer(code: Option<&str>, message: Option<&str>, status: u16, subject: Subject<'_>) -> Failure {
     let said = said(code, message);
     match (verdict(code, status), code) {
         (Verdict::Refused, Some(code)) => Failure::Refused {
             code: code.to_owned(),
-            message: format!("STS refused {subject}: {said}{}", remedy(code, subject, identity)),
+            message: format!("STS refused {subject}: {said}{}", remedy(code, subject)),
         },
         (_, code) => {
             let code = code.unwrap_or("no error code");
@@ -132,15 +147,12 @@ fn from_answer(
 }
 
 /// What to do about it, where we know.
-fn remedy(code: &str, subject: &str, identity: Option<&str>) -> String {
-    let identity = identity.unwrap_or("the daemon's own identity (`aws sts get-caller-identity`)");
+fn remedy(code: &str, subject: Subject<'_>) -> String {
     match code {
-        "AccessDenied" | "AccessDeniedException" => {
-            format!(
-                "; the trust policy of {subject} must allow sts:AssumeRole to {identity}, with the same external id if it asks for one, \
-                 and the policy of that identity must not forbid it"
-            )
-        }
+        "AccessDenied" | "AccessDeniedException" => match subject {
+            Subject::Caller => String::new(),
+            Subject::Role { session, caller } => permissions(session, caller),
+        },
         "RegionDisabledException" => "; set AWS_REGION to a region that is enabled for the account".to_owned(),
         "PackedPolicyTooLarge" | "PackedPolicyTooLargeException" => {
             "; shorten the session policy and tags".to_owned()
@@ -154,6 +166,24 @@ fn remedy(code: &str, subject: &str, identity: Option<&str>) -> String {
         "MalformedPolicyDocument" => "; correct the session policy, of the container or of the rule".to_owned(),
         _ => String::new(),
     }
+}
+
+/// Tags and a source identity are actions of their own, in both policies (IAM User Guide, "Pass session tags in AWS STS" and
+/// "Monitor and control actions taken with assumed roles").
+fn permissions(session: &RoleSession, caller: Option<&str>) -> String {
+    let caller = caller.unwrap_or("the daemon's own identity (`aws sts get-caller-identity`)");
+    let tags = (!session.tags.is_empty()).then_some("sts:TagSession (it has session tags)");
+    let source = session.source_identity.is_some().then_some("sts:SetSourceIdentity (it has a source identity)");
+    let actions: Vec<_> = ["sts:AssumeRole"].into_iter().chain(tags).chain(source).collect();
+    let external_id = match &session.external_id {
+        Some(id) => format!("with the external id {id:?}"),
+        None => "without an external id, as the container gives none".to_owned(),
+    };
+    format!(
+        "; the trust policy of {} must allow {} to {caller}, {external_id}, and a policy of that identity must allow the same",
+        session.role_arn,
+        actions.join(" and ")
+    )
 }
 
 /// The service's own words, on one line and not too long.
@@ -221,7 +251,7 @@ mod tests {
         ];
         for (codes, expected) in [(&throttling[..], true), (&other, false)] {
             for (code, status) in codes {
-                let failure = from_answer(*code, None, *status, "r", None);
+                let failure = from_answer(*code, None, *status, Subject::Caller);
                 let Failure::Unavailable { throttled, .. } = failure else { panic!("{code:?} {status}: {failure}") };
                 assert_eq!(throttled, expected, "{code:?} {status}");
             }
@@ -230,17 +260,30 @@ mod tests {
 
     #[test]
     fn a_refusal_says_what_to_do() {
-        let role = "arn:aws:iam::1:role/web";
-        let failure = from_answer(Some("AccessDenied"), Some("not\n  authorized"), 403, role, Some("arn:daemon"));
-        let text = failure.to_string();
+        let plain = RoleSession::plain("arn:aws:iam::1:role/web", "s");
+        let denied = |session: &RoleSession| {
+            let subject = Subject::Role { session, caller: Some("arn:daemon") };
+            from_answer(Some("AccessDenied"), Some("not\n  authorized"), 403, subject).to_string()
+        };
+        let text = denied(&plain);
         assert!(text.starts_with("AccessDenied: STS refused arn:aws:iam::1:role/web: not authorized;"), "{text}");
         assert!(text.contains("the trust policy of arn:aws:iam::1:role/web must allow sts:AssumeRole to arn:daemon"));
+        assert!(!text.contains("sts:TagSession") && !text.contains("sts:SetSourceIdentity"), "{text}");
+        let text = denied(&RoleSession {
+            external_id: Some("x1".into()),
+            tags: vec![("team".into(), "a".into())],
+            source_identity: Some("alice".into()),
+            ..plain.clone()
+        });
+        for part in ["sts:TagSession", "sts:SetSourceIdentity", "the external id \"x1\""] {
+            assert!(text.contains(part), "no {part} in {text}");
+        }
     }
 
     #[test]
     fn a_quoted_request_is_not_repeated() {
         let quoted = Some("The Canonical String should have been 'x-amz-security-token:SECRET'");
-        let failure = from_answer(Some("SignatureDoesNotMatch"), quoted, 403, "r", None);
+        let failure = from_answer(Some("SignatureDoesNotMatch"), quoted, 403, Subject::Caller);
         assert!(!failure.to_string().contains("SECRET"));
     }
 }

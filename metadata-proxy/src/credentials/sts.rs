@@ -20,7 +20,7 @@ use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 use jiff::Timestamp;
 use tokio::sync::RwLock;
 
-use super::failure::{self, Failure, STALE_SOURCE};
+use super::failure::{self, Failure, STALE_SOURCE, Subject};
 use super::{AssumeFuture, Credentials, RoleSession, Sts};
 
 /// In every partition STS is regional, but the commercial one is what a daemon without any region most likely means.
@@ -90,7 +90,7 @@ impl Aws {
             link = self.reload(&link).await;
             answer = link.client.get_caller_identity().send().await;
         }
-        let answer = answer.map_err(|error| failure::from_sdk(&error, "the daemon's own identity", None))?;
+        let answer = answer.map_err(|error| failure::from_sdk(&error, Subject::Caller))?;
         let (Some(account), Some(arn)) = (answer.account, answer.arn) else {
             return Err(Failure::unavailable("STS told the daemon's identity without its account or ARN"));
         };
@@ -114,8 +114,8 @@ impl Aws {
                 if is_denied(&error) && link.identity.get().is_none() {
                     let _ = self.caller_identity().await;
                 }
-                let identity = link.identity.get().map(|identity| identity.arn.as_str());
-                return Err(failure::from_sdk(&error, &session.role_arn, identity));
+                let caller = link.identity.get().map(|identity| identity.arn.as_str());
+                return Err(failure::from_sdk(&error, Subject::Role { session, caller }));
             }
         };
         credentials(answer).ok_or_else(|| {

@@ -80,6 +80,13 @@ impl AssumeRole {
     }
 }
 
+/// What a caller of AssumeRole needs to be allowed, in its own policy and in the role's.
+pub(crate) fn actions(parameters: &BTreeMap<String, String>) -> impl Iterator<Item = &'static str> {
+    let tags = parameters.keys().any(|name| name.starts_with("Tags.")).then_some("sts:TagSession");
+    let source = parameters.contains_key("SourceIdentity").then_some("sts:SetSourceIdentity");
+    ["sts:AssumeRole"].into_iter().chain(tags).chain(source)
+}
+
 impl Issued {
     /// The result element of AssumeRole.
     pub(crate) fn xml(&self) -> String {

@@ -69,7 +69,13 @@ impl State {
     /// Answers a call and completes its record.
     pub(super) fn answer(&mut self, call: &Call, headers: &HeaderMap, fault: Option<&Fault>) -> Response<Full<Bytes>> {
         let result = match fault {
-            Some(Fault::Refuse) => Err(self.denied(call)),
+            Some(Fault::Refuse) => Err(self.denied(call, "sts:AssumeRole")),
+            Some(Fault::Allow(actions)) => {
+                match roles::actions(&call.parameters).find(|action| !actions.contains(action)) {
+                    Some(action) => Err(self.denied(call, action)),
+                    None => self.perform(call, headers),
+                }
+            }
             Some(Fault::Throttle) => Err(Refusal::new(StatusCode::BAD_REQUEST, "Throttling", "Rate exceeded")),
             Some(Fault::ServerError | Fault::ServerErrorOnce) => {
                 let message = "We encountered an internal error. Please try again.";
@@ -107,8 +113,9 @@ impl State {
         match call.action.as_str() {
             "AssumeRole" => {
                 let request = AssumeRole::parse(&call.parameters)?;
-                let issued =
-                    request.issue(self.issued.len() as u64 + 1, self.lifetime).ok_or_else(|| self.denied(call))?;
+                let issued = request
+                    .issue(self.issued.len() as u64 + 1, self.lifetime)
+                    .ok_or_else(|| self.denied(call, "sts:AssumeRole"))?;
                 let (key, xml) = (issued.access_key.clone(), issued.xml());
                 self.issued.insert(key.clone(), issued);
                 Ok((Outcome::Issued(key), xml))
@@ -154,11 +161,11 @@ impl State {
         Ok(issued.assumed_role_arn.clone())
     }
 
-    fn denied(&self, call: &Call) -> Refusal {
+    fn denied(&self, call: &Call, action: &str) -> Refusal {
         let caller =
             call.access_key.as_ref().and_then(|key| self.identities.get(key)).map_or("anonymous", String::as_str);
         let role = call.parameters.get("RoleArn").map(String::as_str).unwrap_or_default();
-        let message = format!("User: {caller} is not authorized to perform: sts:AssumeRole on resource: {role}");
+        let message = format!("User: {caller} is not authorized to perform: {action} on resource: {role}");
         Refusal::new(StatusCode::FORBIDDEN, "AccessDenied", message)
     }
 }
