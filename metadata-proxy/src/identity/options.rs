@@ -61,6 +61,7 @@ pub(super) const TAGS: usize = 50;
 const PREFIX: &str = "metadata-proxy.";
 /// What an error message repeats of somebody's input.
 const QUOTE_LIMIT: usize = 100;
+const EMPTY: &str = "expected a value; leave the whole label or variable out if none is meant";
 
 impl Options {
     pub(super) fn read(container: &Container) -> Result<Self, String> {
@@ -102,8 +103,10 @@ fn read<T>(
     names: &Names,
     parse: impl Fn(&str) -> Result<T, String>,
 ) -> Result<Option<T>, String> {
-    let Some((source, value)) = names.find(container) else { return Ok(None) };
-    let parsed = parse(value).map_err(|rule| {
+    let Some((source, value)) = names.given(container).next() else { return Ok(None) };
+    // As `${POLICY}` of a compose file arrives where nobody has set it: a restriction is not left out for that.
+    let parsed = if value.is_empty() { Err(EMPTY.to_owned()) } else { parse(value) };
+    let parsed = parsed.map_err(|rule| {
         let quoted: String = value.chars().take(QUOTE_LIMIT).collect();
         format!("{source} {quoted:?}: {rule}")
     })?;
@@ -114,7 +117,7 @@ fn read<T>(
 fn view(container: &Container) -> Result<View, String> {
     let patterns = |names, as_view: fn(&[String]) -> Result<View, PolicyError>| {
         let check = |text: &str| {
-            let patterns: Vec<String> = list(text).map(str::to_owned).collect();
+            let patterns = list(text)?;
             as_view(&patterns).map(|_| patterns).map_err(|error| error.to_string())
         };
         read(container, names, check).map(Option::unwrap_or_default)
@@ -159,7 +162,7 @@ pub(crate) fn policy(text: &str) -> Result<String, String> {
 }
 
 fn policy_arns(text: &str) -> Result<Vec<String>, String> {
-    let arns: Vec<String> = list(text).map(str::to_owned).collect();
+    let arns = list(text)?;
     check_policy_arns(&arns)?;
     Ok(arns)
 }
@@ -206,6 +209,9 @@ fn session_tags(text: &str) -> Result<Vec<(String, Template)>, String> {
         let (key, value) = tag.split_once('=').ok_or_else(|| format!("{tag:?} is not KEY=VALUE"))?;
         tags.push(session_tag(key.trim(), value.trim())?);
     }
+    if tags.is_empty() {
+        return Err(EMPTY.to_owned());
+    }
     let doubled =
         |(at, (key, _)): (usize, &(String, Template))| tags[..at].iter().any(|(other, _)| same_key(other, key));
     if tags.iter().enumerate().any(doubled) {
@@ -238,8 +244,10 @@ fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
-fn list(text: &str) -> impl Iterator<Item = &str> {
-    text.split([',', ' ', '\t', '\n']).filter(|item| !item.is_empty())
+fn list(text: &str) -> Result<Vec<String>, String> {
+    let items = text.split([',', ' ', '\t', '\n']).filter(|item| !item.is_empty());
+    let items: Vec<_> = items.map(str::to_owned).collect();
+    if items.is_empty() { Err(EMPTY.to_owned()) } else { Ok(items) }
 }
 
 #[cfg(test)]
@@ -316,6 +324,24 @@ mod tests {
             assert!(error.starts_with(&format!("label {label} ")) && error.contains(rule), "{error}");
             assert!(error.len() < 600, "{error}");
         }
+    }
+
+    #[test]
+    fn an_option_that_is_there_and_empty_is_refused() {
+        for names in ALL {
+            let labels = names.labels.iter().map(|label| (label, options(&[(label, "")], &[])));
+            let variables = names.variables.iter().map(|variable| (variable, options(&[], &[(variable, " \t")])));
+            for (name, read) in labels.chain(variables) {
+                let error = read.unwrap_err();
+                assert!(error.contains(name) && error.ends_with(EMPTY), "{error}");
+            }
+        }
+        for option in ["policy-arns", "session-tags", "upstream-allow", "upstream-deny"] {
+            let error = options(&[(&format!("metadata-proxy.{option}"), " , ")], &[]).unwrap_err();
+            assert!(error.contains(option) && error.ends_with(EMPTY), "{error}");
+        }
+        // Not even if another name of it says something.
+        assert!(options(&[("metadata-proxy.policy", "")], &[("IAM_POLICY", "{}")]).is_err());
     }
 
     #[test]

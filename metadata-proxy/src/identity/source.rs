@@ -53,13 +53,15 @@ impl Names {
         labels.chain(self.variables.iter().map(|name| Source::Environment(name)))
     }
 
-    /// The first that is there. An empty value counts as absent, as an unset variable of a compose file
-    /// arrives.
+    /// Those that are there.
+    pub(super) fn given<'a>(&self, container: &'a Container) -> impl Iterator<Item = (Source, &'a str)> {
+        self.sources().filter_map(|source| Some((source, source.value(container)?.trim())))
+    }
+
+    /// The first that is not empty: for a role, an empty value counts as absent, as an unset variable of a compose file
+    /// arrives. Not for an option, which may have been meant as a restriction.
     pub(super) fn find<'a>(&self, container: &'a Container) -> Option<(Source, &'a str)> {
-        self.sources().find_map(|source| {
-            let value = source.value(container)?.trim();
-            (!value.is_empty()).then_some((source, value))
-        })
+        self.given(container).find(|(_, value)| !value.is_empty())
     }
 
     /// What each of the names says, for those who ask.
