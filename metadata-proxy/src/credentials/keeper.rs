@@ -35,9 +35,10 @@ pub(super) async fn keep(shared: Arc<Shared>, entry: Arc<Entry>) {
 async fn work(shared: &Arc<Shared>, entry: &Arc<Entry>) {
     let (role, session) = (&entry.key.role_arn, &entry.key.session_name);
     let mut failures = 0;
+    let mut again = false;
     loop {
         let need = match entry.serves_until(shared.now()) {
-            _ if failures > 0 => Need::Again,
+            _ if again => Need::Again,
             Some(expires) => Need::By(expires),
             None => Need::Now,
         };
@@ -51,7 +52,8 @@ async fn work(shared: &Arc<Shared>, entry: &Arc<Entry>) {
         // Only now: until then askers learn of the last failure at once instead of waiting in a queue.
         entry.set_phase(Phase::Fetching);
         let outcome = fetch(shared, &entry.key).await;
-        turn.ending = Ending::of(&outcome);
+        let ending = Ending::of(&outcome);
+        turn.ending = ending;
         drop(turn);
         match outcome {
             Ok(cached) => {
@@ -61,7 +63,7 @@ async fn work(shared: &Arc<Shared>, entry: &Arc<Entry>) {
                 } else {
                     tracing::debug!(%role, %session, %expiration, "credentials renewed");
                 }
-                failures = 0;
+                (failures, again) = (0, false);
                 let renew = cached.renew;
                 entry.publish(cached);
                 if shared.retire_released(entry) {
@@ -78,9 +80,11 @@ async fn work(shared: &Arc<Shared>, entry: &Arc<Entry>) {
             }
             Err(failure) => {
                 failures += 1;
-                let serving = entry.serves(shared.now());
-                let pause = pause(&failure, failures, shared.settings.refusal_memory);
-                tracing::warn!(%role, %session, serving_old = serving, pause = ?pause, "no new credentials: {failure}");
+                // Throttling is the account's: it says nothing against this session, whose need is what it was.
+                again = ending != Ending::Throttled;
+                let left = entry.serves_until(shared.now()).map(|end| end.saturating_duration_since(Instant::now()));
+                let pause = pause(&failure, failures, shared.settings.refusal_memory, left);
+                tracing::warn!(%role, %session, serving_old = left.is_some(), pause = ?pause, "no new credentials: {failure}");
                 let refused = matches!(failure, Failure::Refused { .. });
                 let now = shared.now();
                 entry.publish_failure(failure, now, now.saturating_add(pause).unwrap_or(now));
@@ -167,14 +171,16 @@ fn renew_in(left: Duration) -> Duration {
     renew_in.max(Duration::from_secs(1))
 }
 
-fn pause(failure: &Failure, failures: u32, refusal_memory: Duration) -> Duration {
-    match failure {
+/// `left` of what is served meanwhile: that is not to run out because of a pause.
+fn pause(failure: &Failure, failures: u32, refusal_memory: Duration, left: Option<Duration>) -> Duration {
+    let pause = match failure {
         Failure::Refused { .. } => refusal_memory,
         Failure::Unavailable { .. } => {
             let doubled = FIRST_PAUSE.saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1)));
             doubled.min(LONGEST_PAUSE).mul_f64(1.0 - 0.5 * random())
         }
-    }
+    };
+    left.map_or(pause, |left| pause.min(LONGEST_PAUSE).min((left / 4).max(FIRST_PAUSE)))
 }
 
 /// In `0.0..1.0`. Good enough to spread load, and no dependency: the standard library seeds each `RandomState` differently.

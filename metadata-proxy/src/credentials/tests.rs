@@ -86,8 +86,12 @@ impl World {
     }
 
     fn store(self: &Arc<Self>) -> Store {
+        self.store_with(Settings::default())
+    }
+
+    fn store_with(self: &Arc<Self>, settings: Settings) -> Store {
         let world = Arc::clone(self);
-        Store::new(FakeSts(Arc::clone(self)), Settings { clock: Arc::new(move || world.wall()), ..Settings::default() })
+        Store::new(FakeSts(Arc::clone(self)), Settings { clock: Arc::new(move || world.wall()), ..settings })
     }
 }
 
@@ -241,6 +245,39 @@ async fn a_refusal_is_remembered_and_then_tried_again() {
     world.set_mood(Mood::Grant);
     assert!(store.get(&key("a")).await.is_ok());
     assert_eq!(world.calls(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_long_memory_for_refusals_does_not_let_run_out_what_is_served() {
+    let world = World::new();
+    let store = world.store_with(Settings { refusal_memory: 60 * MINUTE, ..Settings::default() });
+    let hold = store.hold(key("a"));
+    sleep(MINUTE).await;
+    world.set_mood(Mood::Fail(refusal()));
+    while world.calls() < 2 {
+        sleep(Duration::from_secs(1)).await;
+    }
+    world.set_mood(Mood::Grant);
+    sleep(MINUTE).await;
+    assert_eq!(store.get(&key("a")).await.unwrap().access_key_id, "ASIA3-a", "renewed soon after one refusal");
+
+    // To its end, however late the refusals stop.
+    world.set_mood(Mood::Fail(refusal()));
+    let end = store.get(&key("a")).await.unwrap().expiration;
+    sleep(Duration::try_from(end.duration_since(world.wall())).unwrap() - Duration::from_secs(10)).await;
+    world.set_mood(Mood::Grant);
+    sleep(Duration::from_secs(8)).await;
+    assert!(store.get(&key("a")).await.unwrap().expiration > end);
+
+    // With nothing to lose it holds.
+    world.set_mood(Mood::Fail(refusal()));
+    drop(hold);
+    let (calls, _hold) = (world.calls(), store.hold(key("b")));
+    for _ in 0..50 {
+        assert_eq!(store.get(&key("b")).await.unwrap_err(), refusal());
+        sleep(MINUTE).await;
+    }
+    assert_eq!(world.calls(), calls + 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -401,6 +438,25 @@ async fn throttling_is_told_from_other_trouble() {
     for at in 0..50 {
         assert!(store.get(&key(&at.to_string())).await.is_ok());
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_was_throttled_is_not_put_behind_all_who_come_later() {
+    let world = World::new();
+    let limits = Limits { per_second: 1.0, concurrent: 4 };
+    let store = world.store_with(Settings { limits, ..Settings::default() });
+    world.set_mood(Mood::Fail(Failure::Unavailable { message: "slower".into(), throttled: true }));
+    let _throttled = store.hold(key("throttled"));
+    sleep(Duration::from_secs(1)).await;
+    world.set_mood(Mood::Grant);
+    // More than there are turns for.
+    let mut later = Vec::new();
+    for at in 0..60 {
+        later.push(store.hold(key(&at.to_string())));
+        sleep(Duration::from_millis(500)).await;
+    }
+    assert!(store.state(&key("throttled")).served.is_some());
+    assert!(later.iter().any(|hold| store.state(&hold.key).served.is_none()), "nobody had to wait");
 }
 
 #[tokio::test(start_paused = true)]

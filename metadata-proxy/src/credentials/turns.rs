@@ -29,7 +29,7 @@ impl Default for Limits {
     }
 }
 
-/// So much of the concurrent calls one role may have, and those who failed before have together: an STS that hangs for some
+/// So much of the concurrent calls one role may have, and those whose last call failed have together: an STS that hangs for some
 /// leaves the others their turns.
 const SHARE: usize = 4;
 /// Calls that may go at once, as the time in which they are earned.
@@ -45,7 +45,7 @@ pub(super) enum Need {
     Now,
     /// What is served ends then.
     By(Instant),
-    /// The last call failed. However many of these there are, they cannot crowd out the others.
+    /// The last call failed, and not for throttling. However many of these there are, they cannot crowd out the others.
     Again,
 }
 
