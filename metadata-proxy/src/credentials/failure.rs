@@ -64,7 +64,8 @@ fn base(code: &str) -> &str {
     code.strip_suffix("Exception").unwrap_or(code)
 }
 
-fn throttles(code: &str, status: u16) -> bool {
+/// Whether an answer says that there were too many calls.
+pub(super) fn throttles(code: &str, status: u16) -> bool {
     status == 429 || base(code).contains("Throttl") || THROTTLING.contains(&base(code))
 }
 

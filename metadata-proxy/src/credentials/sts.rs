@@ -14,8 +14,11 @@ use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{AppName, BehaviorVersion, Region, environment::EnvironmentVariableRegionProvider, imds};
 use aws_sdk_sts::Client;
+use aws_sdk_sts::config::interceptors::InterceptorContext;
+use aws_sdk_sts::config::retry::{ClassifyRetry, RetryAction};
 use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::operation::assume_role::{AssumeRoleError, AssumeRoleOutput};
+use aws_sdk_sts::operation::get_caller_identity::GetCallerIdentityError;
 use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 use jiff::Timestamp;
 use tokio::sync::RwLock;
@@ -207,8 +210,7 @@ async fn load(imds: Option<&imds::Client>, region: Option<Region>) -> Client {
                 .operation_timeout(Duration::from_secs(10))
                 .build(),
         )
-        // One retry mends a broken connection or a wrong clock at once; the patient retries are the keeper's.
-        .retry_config(RetryConfig::standard().with_max_attempts(2));
+        .retry_config(retries());
     if let Ok(name) = AppName::new("metadata-proxy") {
         loader = loader.app_name(name);
     }
@@ -221,7 +223,41 @@ async fn load(imds: Option<&imds::Client>, region: Option<Region>) -> Client {
             .with_custom_credential_source("Ec2InstanceMetadata", instance);
         loader = loader.credentials_provider(chain.build().await);
     }
-    Client::new(&loader.load().await)
+    client(aws_sdk_sts::config::Builder::from(&loader.load().await))
+}
+
+/// One retry mends a broken connection, a 5xx or a wrong clock at once; the patient retries are the keeper's.
+fn retries() -> RetryConfig {
+    RetryConfig::standard().with_max_attempts(2)
+}
+
+fn client(config: aws_sdk_sts::config::Builder) -> Client {
+    Client::from_conf(config.retry_classifier(NotWhenThrottled).build())
+}
+
+/// Whoever is throttled asks less: when to ask again is for `turns` to say, and a second attempt at once would double the
+/// calls just when they are too many.
+#[derive(Debug)]
+struct NotWhenThrottled;
+
+impl ClassifyRetry for NotWhenThrottled {
+    fn name(&self) -> &'static str {
+        "no second attempt when throttled"
+    }
+
+    fn classify_retry(&self, context: &InterceptorContext) -> RetryAction {
+        let status = context.response().map(|response| response.status().as_u16()).unwrap_or_default();
+        let error = context.output_or_error().and_then(|outcome| outcome.as_ref().err()?.as_operation_error());
+        let code = error.and_then(|error| {
+            let assume = error.downcast_ref::<AssumeRoleError>().map(ProvideErrorMetadata::meta);
+            let identity = || error.downcast_ref::<GetCallerIdentityError>().map(ProvideErrorMetadata::meta);
+            assume.or_else(identity)?.code()
+        });
+        match failure::throttles(code.unwrap_or_default(), status) {
+            true => RetryAction::RetryForbidden,
+            false => RetryAction::NoActionIndicated,
+        }
+    }
 }
 
 async fn region(imds: Option<&imds::Client>) -> Option<Region> {

@@ -1,5 +1,7 @@
 //! The SDK's client against the wire protocol of STS, on loopback.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use aws_sdk_sts::config::{Config, Credentials as Source};
 use secrecy::ExposeSecret;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -9,6 +11,18 @@ use super::*;
 
 /// Answers every request with one response, and hands back the body of the last.
 async fn sts_that_says(status: u16, body: &'static str) -> (Aws, tokio::sync::watch::Receiver<String>) {
+    let (aws, last, _) = sts_that_is_asked(status, body, RetryConfig::disabled()).await;
+    (aws, last)
+}
+
+/// The same, asked with retries; how often, too.
+async fn sts_that_is_asked(
+    status: u16,
+    body: &'static str,
+    retries: RetryConfig,
+) -> (Aws, tokio::sync::watch::Receiver<String>, Arc<AtomicUsize>) {
+    let requests = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&requests);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     let (seen, last) = tokio::sync::watch::channel(String::new());
@@ -20,6 +34,7 @@ async fn sts_that_says(status: u16, body: &'static str) -> (Aws, tokio::sync::wa
             while !request[..length].windows(11).any(|window| window == b"Version=201") {
                 length += stream.read(&mut request[length..]).await.unwrap();
             }
+            count.fetch_add(1, Ordering::Relaxed);
             seen.send_replace(String::from_utf8_lossy(&request[..length]).into_owned());
             let head = format!(
                 "HTTP/1.1 {status} X\r\ncontent-type: text/xml\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
@@ -33,11 +48,10 @@ async fn sts_that_says(status: u16, body: &'static str) -> (Aws, tokio::sync::wa
         .behavior_version(BehaviorVersion::latest())
         .region(Region::from_static("eu-west-1"))
         .endpoint_url(endpoint)
-        .retry_config(RetryConfig::disabled())
-        .credentials_provider(Source::new("AKIA", "source-secret", None, None, "test"))
-        .build();
-    let link = RwLock::new(Link::new(Client::from_conf(config)));
-    (Aws { imds: None, link }, last)
+        .retry_config(retries)
+        .credentials_provider(Source::new("AKIA", "source-secret", None, None, "test"));
+    let link = RwLock::new(Link::new(client(config)));
+    (Aws { imds: None, link }, last, requests)
 }
 
 fn web() -> RoleSession {
@@ -105,6 +119,27 @@ async fn throttling_and_strangers_are_unavailable() {
         let (aws, _) = sts_that_says(status, body).await;
         let failure = aws.assume(&web()).await.unwrap_err();
         assert!(matches!(failure, Failure::Unavailable { .. }), "{status}: {failure}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_is_throttled_makes_no_second_attempt() {
+    let says = |code: &str| -> &'static str {
+        format!("<ErrorResponse><Error><Code>{code}</Code><Message>no</Message></Error></ErrorResponse>").leak()
+    };
+    for (status, code, attempts) in [
+        (400, "Throttling", 1),
+        (400, "ThrottlingException", 1),
+        (503, "RequestLimitExceeded", 1),
+        (500, "InternalFailure", 2),
+        (403, "AccessDenied", 1),
+    ] {
+        let (aws, _, requests) = sts_that_is_asked(status, says(code), retries()).await;
+        aws.link().await.client.get_caller_identity().send().await.unwrap_err();
+        assert_eq!(requests.swap(0, Ordering::Relaxed), attempts, "GetCallerIdentity: {status} {code}");
+        let link = aws.link().await;
+        assume_role(&link.client, &web()).await.unwrap_err();
+        assert_eq!(requests.load(Ordering::Relaxed), attempts, "AssumeRole: {status} {code}");
     }
 }
 
