@@ -29,6 +29,9 @@ impl Failure {
 pub(super) const STALE_SOURCE: [&str; 4] =
     ["ExpiredToken", "ExpiredTokenException", "InvalidClientTokenId", "UnrecognizedClientException"];
 
+/// Further codes about the daemon's own credentials or its clock. Neither they nor the stale ones say anything about a role.
+const BAD_SOURCE: [&str; 3] = ["IncompleteSignature", "MissingAuthenticationToken", "SignatureDoesNotMatch"];
+
 /// Codes of too many calls, beside those that say `Throttl`.
 const THROTTLING: [&str; 3] = ["RequestLimitExceeded", "SlowDown", "TooManyRequests"];
 
@@ -55,13 +58,17 @@ fn verdict(code: Option<&str>, status: u16) -> Verdict {
     let Some(code) = code else {
         return Verdict::Transient;
     };
-    let transient = throttles(code, status) || TRANSIENT.contains(&base(code));
+    let transient = throttles(code, status) || TRANSIENT.contains(&base(code)) || is_of_source(code);
     if transient || !(400..500).contains(&status) || status == 408 { Verdict::Transient } else { Verdict::Refused }
 }
 
 /// Both spellings are in use: `ThrottlingException` and `Throttling`.
 fn base(code: &str) -> &str {
     code.strip_suffix("Exception").unwrap_or(code)
+}
+
+fn is_of_source(code: &str) -> bool {
+    STALE_SOURCE.contains(&code) || BAD_SOURCE.contains(&base(code))
 }
 
 /// Whether an answer says that there were too many calls.
@@ -142,7 +149,12 @@ fn from_answer(code: Option<&str>, message: Option<&str>, status: u16, subject: 
                 );
                 return Failure::Unavailable { message, throttled: true };
             }
-            Failure::unavailable(format!("STS failed for {subject}: HTTP {status}, {code}: {said}"))
+            let remedy = if is_of_source(code) {
+                "; renew the credentials that the daemon itself uses, and check the host's clock"
+            } else {
+                ""
+            };
+            Failure::unavailable(format!("STS failed for {subject}: HTTP {status}, {code}: {said}{remedy}"))
         }
     }
 }
@@ -160,9 +172,6 @@ fn remedy(code: &str, subject: Subject<'_>) -> String {
         }
         "ValidationError" => {
             "; check the role, session name, external id and duration (at most 1 h when the daemon itself acts under a role)".to_owned()
-        }
-        code if STALE_SOURCE.contains(&code) || code == "SignatureDoesNotMatch" => {
-            "; renew the credentials that the daemon itself uses, and check the host's clock".to_owned()
         }
         "MalformedPolicyDocument" => "; correct the session policy, of the container or of the rule".to_owned(),
         _ => String::new(),
@@ -225,10 +234,6 @@ mod tests {
             ("PackedPolicyTooLargeException", 400),
             ("ValidationError", 400),
             ("RegionDisabledException", 403),
-            ("ExpiredToken", 403),
-            ("ExpiredTokenException", 400),
-            ("InvalidClientTokenId", 403),
-            ("SignatureDoesNotMatch", 403),
         ];
         for (code, status) in refused {
             assert_eq!(verdict(Some(code), status), Verdict::Refused, "{code}");
@@ -244,6 +249,10 @@ mod tests {
         ];
         let other = [
             (Some("IDPCommunicationError"), 400),
+            (Some("ExpiredToken"), 403),
+            (Some("ExpiredTokenException"), 400),
+            (Some("InvalidClientTokenId"), 403),
+            (Some("SignatureDoesNotMatch"), 403),
             (Some("InternalFailure"), 500),
             (Some("AccessDenied"), 502),
             (None, 503),
@@ -278,6 +287,17 @@ mod tests {
         });
         for part in ["sts:TagSession", "sts:SetSourceIdentity", "the external id \"x1\""] {
             assert!(text.contains(part), "no {part} in {text}");
+        }
+    }
+
+    #[test]
+    fn trouble_of_the_daemons_own_credentials_comes_with_its_remedy() {
+        for code in STALE_SOURCE.iter().chain(&BAD_SOURCE) {
+            let text = from_answer(Some(code), Some("no"), 403, Subject::Caller).to_string();
+            assert!(
+                text.contains(code) && text.contains("renew the credentials that the daemon itself uses"),
+                "{text}"
+            );
         }
     }
 
