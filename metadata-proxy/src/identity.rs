@@ -50,12 +50,21 @@ pub(crate) const SESSION_NAME: &str = "{container.name}-{container.id:12}";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Decision {
     pub(crate) verdict: Verdict,
+    /// Who has named the role, if anybody has.
+    pub(crate) source: Option<String>,
     /// Requests without a session token are refused.
     pub(crate) require_imdsv2: bool,
     /// What it shows and hides of the real service for itself.
     pub(crate) view: View,
     /// In the order in which they were found; the last one decided.
     pub(crate) reasons: Vec<String>,
+}
+
+impl Decision {
+    pub(crate) fn new(verdict: Verdict) -> Self {
+        let (source, require_imdsv2, view, reasons) = Default::default();
+        Self { verdict, source, require_imdsv2, view, reasons }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,16 +92,27 @@ const ROLE: Names = Names {
     variables: &["IAM_ROLE", "IAM_PROFILE"],
 };
 
+/// As the source of the host's own role.
+pub(crate) const EXEMPT: &str = "[exempt]";
+
 /// The decision about a container. `home` is None until AWS has told who the daemon is.
 pub(crate) fn decide(container: &Container, settings: &Settings, home: Option<&Home>) -> Decision {
-    let (view, reasons) = Default::default();
-    let require_imdsv2 = settings.require_imdsv2;
-    let mut decision = Decision { verdict: Verdict::Refused, require_imdsv2, view, reasons };
+    let mut decision = Decision { require_imdsv2: settings.require_imdsv2, ..Decision::new(Verdict::Refused) };
     match (Case { container, settings, home }).judge(&mut decision) {
         Ok(verdict) => decision.verdict = verdict,
         Err(refusal) => decision.reasons.push(refusal),
     }
+    for reason in &mut decision.reasons {
+        *reason = printable(reason);
+    }
     decision
+}
+
+/// What others have written, for the log and for terminals: with a line break or an escape sequence in a label nobody is to
+/// add lines of his own there.
+pub(crate) fn printable(text: &str) -> String {
+    let escaped = |c: char| if "\"'\\".contains(c) { c.to_string() } else { c.escape_debug().to_string() };
+    text.chars().map(escaped).collect()
 }
 
 /// All places where a role is looked for, and those of options where something is.
@@ -113,8 +133,9 @@ impl Case<'_> {
     /// must not fall back to something that allows more.
     fn judge(&self, decision: &mut Decision) -> Result<Verdict, String> {
         let Self { container, settings, home } = *self;
-        let Decision { require_imdsv2, view, reasons, .. } = decision;
+        let Decision { require_imdsv2, view, reasons, source: named_by, .. } = decision;
         if settings.exempt.contains(&container.name) {
+            *named_by = Some(EXEMPT.to_owned());
             reasons.push("exempt by its name".to_owned());
             return Ok(Verdict::Instance);
         }
@@ -134,7 +155,7 @@ impl Case<'_> {
             }
             found => found?,
         };
-        let Some(spec) = self.role(rule, reasons)? else {
+        let Some(spec) = self.role(rule, named_by, reasons)? else {
             reasons.push("neither a label nor the environment nor the daemon names a role".to_owned());
             return Ok(Verdict::NoRole);
         };
@@ -194,8 +215,14 @@ impl Case<'_> {
         Ok(())
     }
 
-    fn role(&self, rule: Option<&Allowance>, reasons: &mut Vec<String>) -> Result<Option<RoleSpec>, String> {
+    fn role(
+        &self,
+        rule: Option<&Allowance>,
+        named_by: &mut Option<String>,
+        reasons: &mut Vec<String>,
+    ) -> Result<Option<RoleSpec>, String> {
         if let Some((source, value)) = ROLE.find(self.container) {
+            *named_by = Some(source.to_string());
             let spec = value.parse().map_err(|error| format!("{source}: {error}"))?;
             reasons.push(format!("role {value} from {source}"));
             return Ok(Some(spec));
@@ -203,7 +230,9 @@ impl Case<'_> {
         let of_rule = rule.and_then(|rule| rule.default_role.as_ref());
         let default = of_rule.or(self.settings.default_role.as_ref());
         if default.is_some() {
-            reasons.push(format!("the default role{}", if of_rule.is_some() { " of the rule" } else { "" }));
+            let of_rule = if of_rule.is_some() { " of the rule" } else { "" };
+            *named_by = Some(format!("default-role{of_rule}"));
+            reasons.push(format!("the default role{of_rule}"));
         }
         Ok(default.cloned())
     }

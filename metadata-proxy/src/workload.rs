@@ -108,8 +108,8 @@ impl Workloads {
     fn decide(&self, container: &Container) -> Decision {
         if self.exemptions.contains(container.cgroup) {
             let reasons = vec!["its cgroup is exempt: it keeps the real metadata service".to_owned()];
-            let (require_imdsv2, view) = Default::default();
-            return Decision { verdict: Verdict::Instance, require_imdsv2, view, reasons };
+            let source = Some(identity::EXEMPT.to_owned());
+            return Decision { source, reasons, ..Decision::new(Verdict::Instance) };
         }
         let known = self.known();
         identity::decide(container, &known.settings, known.home.as_ref())

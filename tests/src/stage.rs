@@ -3,6 +3,7 @@
 use std::{fs, ops::Deref, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
+use bollard::{models::ContainerConfig, query_parameters::CommitContainerOptionsBuilder};
 
 use crate::{
     clients::{Client, ClientReport, Loads, Programs},
@@ -117,6 +118,24 @@ pub fn daemon_options() -> DaemonOptions {
         .env("AWS_ACCESS_KEY_ID", BASE_ACCESS_KEY)
         .env("AWS_SECRET_ACCESS_KEY", BASE_SECRET_KEY)
         .env("METADATA_PROXY_LOG", "info,metadata_proxy=debug")
+}
+
+/// An image that names a role for whoever starts it.
+pub async fn image_with_a_role(host: &TestHost, name: &str, role: &str) -> Result<String> {
+    let base = host.run(ContainerSpec::resident("base")).await?;
+    let changes = format!("LABEL metadata-proxy.role={0}\nENV IAM_ROLE={0}", role_arn(role));
+    let options = CommitContainerOptionsBuilder::new().container(base.id()).repo(name).changes(&changes).build();
+    let image = host.docker().commit_container(options, ContainerConfig::default()).await.context("commit")?;
+    base.remove().await?;
+    Ok(image.id)
+}
+
+/// A container of it that does nothing by itself.
+pub fn of_image(image: &str, name: &str) -> ContainerSpec {
+    let mut spec = ContainerSpec::resident(name);
+    // The test host's image needs its binds, which go by the name of the image.
+    spec.binds = vec!["/usr:/usr:ro".into()];
+    ContainerSpec { image: image.into(), ..spec }
 }
 
 /// The host's configuration file.

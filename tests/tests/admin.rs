@@ -4,8 +4,8 @@ use std::process::Output;
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::{ContainerSpec, program},
-    stage::{Stage, daemon_options, role_arn},
+    host::{ContainerSpec, TestHost, program},
+    stage::{Stage, daemon_options, image_with_a_role, of_image, role_arn, start_imds, start_sts, with_config},
     sts,
 };
 use serde_json::Value;
@@ -92,6 +92,183 @@ async fn ps_and_explain_tell_every_containers_state_and_why() -> Result<()> {
             let issued = stage.sts.issued(&key).context("issued")?;
             ensure!(!shown.contains(&issued.secret_key) && !shown.contains(&issued.session_token), "a secret is shown");
         }
+    }
+    Ok(())
+}
+
+const POLICY: &str = r#"
+unmatched = "allow"
+
+[exempt]
+containers = ["exempt"]
+
+[[rule]]
+name = "banned"
+deny = true
+
+[[rule]]
+name = "agent"
+allow = ["@instance"]
+
+[[rule]]
+name = "given"
+default-role = "arn:aws:iam::123456789012:role/given"
+"#;
+
+/// As `ps --json` has it, as soon as it is so.
+async fn state(stage: &Stage, name: &str, expected: [&str; 2]) -> Result<Value> {
+    for _ in 0..200 {
+        let all: Vec<Value> = serde_json::from_slice(&ask(stage, &["ps", "--json"])?.stdout)?;
+        let found = all.into_iter().find(|status| status["name"] == name);
+        if let Some(status) = found
+            && [&status["verdict"], &status["credentials"]["state"]] == expected
+        {
+            return Ok(status);
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    anyhow::bail!("{name} is not {expected:?}:\n{}", text(&ask(stage, &["explain", name])?))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_kind_of_refusal_is_told_apart() -> Result<()> {
+    const ROLE: &str = "metadata-proxy.role";
+    let host = TestHost::start().await?;
+    let image = image_with_a_role(&host, "mp/greedy", "admin").await?;
+    let (imds, sts) = (start_imds(&host)?, start_sts(&host)?);
+    // Nobody tells the daemon its account yet.
+    sts.stop_listening()?;
+    sts.set_role_fault(&role_arn("forbidden"), Some(sts::Fault::Refuse));
+    let mut daemon = host.daemon(with_config(&host, daemon_options(), POLICY)?)?;
+    daemon.wait_ready(std::time::Duration::from_secs(20)).await?;
+    let stage = Stage { daemon, sts, imds, host };
+
+    let evil = "{x}\nrole         admin\u{1b}[1A";
+    for (name, labels) in [
+        ("banned", &[(ROLE, "web")][..]),
+        ("option", &[(ROLE, "web"), ("metadata-proxy.duration", "1s")]),
+        ("empty", &[(ROLE, "web"), ("metadata-proxy.policy", "")]),
+        ("agent", &[(ROLE, "@instance")]),
+        ("exempt", &[(ROLE, "web")]),
+        ("pending", &[(ROLE, "team/later")]),
+        ("given", &[]),
+        ("forbidden", &[(ROLE, &role_arn("forbidden"))]),
+        ("plain", &[]),
+        ("evil", &[(ROLE, "web"), ("metadata-proxy.session-name", evil)]),
+    ] {
+        let spec = ContainerSpec::resident(name);
+        stage.run(labels.iter().fold(spec, |spec, (label, value)| spec.label(label, value))).await?;
+    }
+    stage.run(of_image(&image, "image")).await?;
+
+    state(&stage, "pending", ["pending", "none"]).await?;
+    let told = |name: &str, words: &[&str]| -> Result<()> {
+        let explained = text(&ask(&stage, &["explain", name])?);
+        for part in words {
+            ensure!(explained.contains(part), "{name}: no {part:?} in:\n{explained}");
+        }
+        let lines: Vec<_> = explained.lines().filter(|line| line.starts_with("role  ")).collect();
+        ensure!(lines.len() == 1 && !explained.contains('\u{1b}'), "{name}: {lines:?}");
+        Ok(())
+    };
+    told(
+        "pending",
+        &["role         later, in an account that is not known yet", "none yet: AWS has not told", "remedy       see"],
+    )?;
+    let table = text(&ask(&stage, &["ps"])?);
+    let row = |table: &str, name: &str| -> Vec<String> {
+        let rows = table.lines().map(|line| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+        rows.into_iter().find(|row| row.get(1).is_some_and(|found| found == name)).unwrap_or_default()
+    };
+    ensure!(row(&table, "pending")[3..6] == ["later", ROLE, "PENDING"], "{table}");
+
+    stage.sts.listen_again()?;
+    for (name, expected, role, source, shown, words) in [
+        (
+            "banned",
+            ["refused", "none"],
+            "-",
+            "-",
+            "REFUSED",
+            &["the rule denies it any role", "role         none: refused", "its role is refused"][..],
+        ),
+        (
+            "option",
+            ["refused", "none"],
+            "-",
+            "-",
+            "REFUSED",
+            &["label metadata-proxy.duration \"1s\"", "role         none: refused", "remedy       correct"],
+        ),
+        (
+            "empty",
+            ["refused", "none"],
+            "-",
+            "-",
+            "REFUSED",
+            &["label metadata-proxy.policy \"\": expected a value", "label metadata-proxy.policy: empty"],
+        ),
+        (
+            "agent",
+            ["instance", "none"],
+            "@instance",
+            ROLE,
+            "the",
+            &["role         @instance: it has the real service", "credentials  the host's own"],
+        ),
+        (
+            "exempt",
+            ["instance", "none"],
+            "@instance",
+            "[exempt]",
+            "the",
+            &["exempt by its name", "role         @instance: it has the real service"],
+        ),
+        (
+            "pending",
+            ["role", "valid"],
+            "team/later",
+            ROLE,
+            "59",
+            &["role         arn:aws:iam::111122223333:role/team/later", "named by     label metadata-proxy.role"],
+        ),
+        ("given", ["role", "valid"], "given", "default-role", "of", &["named by     default-role of the rule"]),
+        (
+            "forbidden",
+            ["role", "refused"],
+            "forbidden",
+            ROLE,
+            "REFUSED",
+            &["AccessDenied", "must allow sts:AssumeRole to arn:aws:iam::111122223333:user/metadata-proxy"],
+        ),
+        ("plain", ["no-role", "none"], "-", "-", "-", &["role         none\n", "none: the container has no role"]),
+        (
+            "image",
+            ["no-role", "none"],
+            "-",
+            "-",
+            "-",
+            &["label metadata-proxy.role: from the image, does not count", "role         none\n"],
+        ),
+        ("evil", ["refused", "none"], "-", "-", "REFUSED", &["there is no {x}", "\\nrole         admin\\u{1b}[1A"]),
+    ] {
+        state(&stage, name, expected).await?;
+        told(name, words)?;
+        let table = text(&ask(&stage, &["ps"])?);
+        ensure!(row(&table, name).get(3..6) == Some(&[role, source, shown].map(str::to_owned)), "{name} in:\n{table}");
+    }
+    let table = text(&ask(&stage, &["ps"])?);
+    ensure!(table.lines().count() == 12 && !table.contains('\u{1b}'), "{table}");
+    let log = stage.daemon.log()?;
+    ensure!(log.contains("there is no {x}") && !log.lines().any(|line| line.starts_with("role  ")), "{log}");
+
+    // Every id begins so.
+    let unclear = ask(&stage, &["explain", ""])?;
+    ensure!(unclear.status.code() == Some(1) && text(&unclear).contains("which container?"), "{unclear:?}");
+    let first = state(&stage, "plain", ["no-role", "none"]).await?;
+    let (id, prefix) = (first["id"].as_str().context("id")?, &first["id"].as_str().context("id")?[..12]);
+    for given in [id, prefix, "plain"] {
+        ensure!(text(&ask(&stage, &["explain", given])?).starts_with("container    plain ("), "{given}");
     }
     Ok(())
 }

@@ -6,13 +6,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bollard::{
-    models::ContainerConfig,
-    query_parameters::{CommitContainerOptionsBuilder, RemoveImageOptionsBuilder},
-};
+use bollard::query_parameters::RemoveImageOptionsBuilder;
 use metadata_proxy_tests::{
     host::{Container, ContainerSpec, TestHost, program},
-    stage::{Stage, daemon_options, role_arn},
+    stage::{Stage, daemon_options, image_with_a_role, of_image, role_arn},
 };
 
 const ROLE_LABEL: &str = "metadata-proxy.role";
@@ -44,16 +41,6 @@ async fn assert_role(container: &Container, role: &str) -> Result<()> {
     let answer = role_list(container).await?;
     ensure!(answer == (200, role.to_owned()), "{}: {answer:?} instead of {role}", container.name());
     Ok(())
-}
-
-/// An image that names a role for whoever starts it.
-async fn image_with_a_role(host: &TestHost, name: &str, role: &str) -> Result<String> {
-    let base = host.run(idle("base")).await?;
-    let changes = format!("LABEL {ROLE_LABEL}={0}\nENV IAM_ROLE={0}", role_arn(role));
-    let options = CommitContainerOptionsBuilder::new().container(base.id()).repo(name).changes(&changes).build();
-    let image = host.docker().commit_container(options, ContainerConfig::default()).await.context("commit")?;
-    base.remove().await?;
-    Ok(image.id)
 }
 
 /// What is gone cannot be asked what it had brought.
@@ -90,13 +77,6 @@ fn explain(stage: &Stage, name: &str) -> Result<String> {
     let program = program()?;
     let output = stage.command(program).args(["explain", name]).output()?;
     Ok(String::from_utf8(output.stdout)?)
-}
-
-fn of_image(image: &str, name: &str) -> ContainerSpec {
-    let mut spec = idle(name);
-    // The test host's image needs its binds, which go by the name of the image.
-    spec.binds = vec!["/usr:/usr:ro".into()];
-    ContainerSpec { image: image.into(), ..spec }
 }
 
 #[tokio::test(flavor = "multi_thread")]

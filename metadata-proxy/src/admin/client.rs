@@ -12,9 +12,10 @@ use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use tokio::net::UnixStream;
 
-use super::status::{Credentials, Status};
+use super::status::{Credentials, Outcome, Status};
 use crate::{
     containers::{UserNamespace, short},
+    identity::printable,
     workload::Client,
 };
 
@@ -26,35 +27,55 @@ pub(crate) async fn ps(socket: &Path, json: bool) -> anyhow::Result<()> {
     }
     let now = Timestamp::now();
     println!(
-        "{:<14}{:<24}{:<16}{:<40}{:<22}{:>9}  LAST CLIENT",
-        "CONTAINER", "NAME", "NETWORK", "ROLE", "CREDENTIALS", "REQUESTS"
+        "{:<14}{:<24}{:<16}{:<40}{:<36}{:<22}{:>9}  LAST CLIENT",
+        "CONTAINER", "NAME", "NETWORK", "ROLE", "SOURCE", "CREDENTIALS", "REQUESTS"
     );
     for status in parse(&body)? {
-        let role = status.role.as_deref().and_then(|arn| arn.split_once(":role/")).map_or("-", |(_, name)| name);
+        let role = status.role.as_deref().unwrap_or("-");
+        let role = role.split_once(":role/").map_or(role, |(_, name)| name);
+        let source = status.role_source.as_deref().unwrap_or("-");
+        // What they are is told by their names.
+        let source =
+            ["label ", "environment variable "].iter().find_map(|kind| source.strip_prefix(kind)).unwrap_or(source);
         let client = status.last_client.and_then(|client| client.user_agent).unwrap_or_else(|| "-".to_owned());
-        let credentials = in_short(&status.credentials, now);
-        println!(
-            "{:<14}{:<24}{:<16}{role:<40}{credentials:<22}{:>9}  {client}",
+        let credentials = in_short(status.verdict, &status.credentials, now);
+        let line = format!(
+            "{:<14}{:<24}{:<16}{role:<40}{source:<36}{credentials:<22}{:>9}  {client}",
             short(&status.id),
             status.name,
             // Of `container:ID` and networks with long names, the beginning.
             status.network.chars().take(15).collect::<String>(),
             status.requests
         );
+        println!("{}", printable(&line));
     }
     Ok(())
 }
 
 pub(crate) async fn explain(socket: &Path, container: &str) -> anyhow::Result<()> {
     let all = parse(&get(socket, "/containers").await?)?;
-    let mut found = all.iter().filter(|status| status.name == container || status.id.starts_with(container));
-    let Some(status) = found.next() else {
-        bail!("the daemon knows no running container {container}; `metadata-proxy ps` lists those it knows");
-    };
-    for (what, line) in lines(status, Timestamp::now()) {
-        println!("{what:<13}{line}");
+    for (what, line) in lines(find(&all, container)?, Timestamp::now()) {
+        println!("{what:<13}{}", printable(&line));
     }
     Ok(())
+}
+
+/// By its name, its id, or the beginning of its id if no other's begins so.
+fn find<'a>(all: &'a [Status], given: &str) -> anyhow::Result<&'a Status> {
+    let exactly = |status: &&Status| status.name == given || status.id == given;
+    let begin_so: Vec<_> = all.iter().filter(|status| status.id.starts_with(given)).collect();
+    match (all.iter().find(exactly), begin_so.as_slice()) {
+        (Some(exact), _) => Ok(exact),
+        _ if given.is_empty() => bail!("which container? `metadata-proxy ps` lists those that the daemon knows"),
+        (None, [one]) => Ok(one),
+        (None, []) => {
+            bail!("the daemon knows no running container {given:?}; `metadata-proxy ps` lists those it knows")
+        }
+        (None, several) => {
+            let several: Vec<_> = several.iter().map(|one| format!("{} ({})", one.name, short(&one.id))).collect();
+            bail!("{given:?} is the beginning of several ids; which is meant: {}?", several.join(", "))
+        }
+    }
 }
 
 /// The whole chain, from the kernel's view to STS's answer.
@@ -86,17 +107,29 @@ fn lines(status: &Status, now: Timestamp) -> Vec<(&'static str, String)> {
         lines.push(("looked at", format!("{}: {value}", said.source)));
     }
     lines.extend(status.reasons.iter().map(|reason| ("because", reason.clone())));
-    lines.push(("role", status.role.clone().unwrap_or_else(|| "none".to_owned())));
+    let role = status.role.as_deref().unwrap_or("none");
+    lines.push(match status.verdict {
+        Outcome::Role | Outcome::NoRole => ("role", role.to_owned()),
+        Outcome::Pending => ("role", format!("{role}, in an account that is not known yet")),
+        Outcome::Instance => ("role", format!("{role}: it has the real service, and the host's own role")),
+        Outcome::Refused => ("role", format!("{role}: refused")),
+    });
+    lines.extend(status.role_source.iter().map(|source| ("named by", source.clone())));
     lines.extend(status.session.iter().map(|session| ("session", session.clone())));
     lines.extend(status.options.iter().map(|(name, value)| ("option", format!("{name}: {value}"))));
-    lines.extend(at_length(&status.credentials, now).into_iter().map(|line| ("credentials", line)));
+    lines.extend(at_length(status.verdict, &status.credentials, now).into_iter().map(|line| ("credentials", line)));
     lines.extend(status.advice.iter().map(|advice| ("remedy", advice.clone())));
     lines
 }
 
-fn in_short(credentials: &Credentials, now: Timestamp) -> String {
+fn in_short(verdict: Outcome, credentials: &Credentials, now: Timestamp) -> String {
     match credentials {
-        Credentials::None => "-".to_owned(),
+        Credentials::None => match verdict {
+            Outcome::Refused => "REFUSED".to_owned(),
+            Outcome::Pending => "PENDING".to_owned(),
+            Outcome::Instance => "the host's".to_owned(),
+            Outcome::Role | Outcome::NoRole => "-".to_owned(),
+        },
         Credentials::Pending => "asking STS".to_owned(),
         Credentials::Valid { expiration, trouble, .. } => {
             let minutes = expiration.duration_since(now).as_secs() / 60;
@@ -107,9 +140,17 @@ fn in_short(credentials: &Credentials, now: Timestamp) -> String {
     }
 }
 
-fn at_length(credentials: &Credentials, now: Timestamp) -> Vec<String> {
+fn at_length(verdict: Outcome, credentials: &Credentials, now: Timestamp) -> Vec<String> {
     match credentials {
-        Credentials::None => vec!["none: the container has no role".to_owned()],
+        Credentials::None => {
+            let why = match verdict {
+                Outcome::Refused => "none: its role is refused",
+                Outcome::Pending => "none yet: AWS has not told whose account the daemon is in, so STS cannot be asked",
+                Outcome::Instance => "the host's own, which the real service gives it and the daemon does not see",
+                Outcome::Role | Outcome::NoRole => "none: the container has no role",
+            };
+            vec![why.to_owned()]
+        }
         Credentials::Pending => vec!["STS has been asked and has not answered yet".to_owned()],
         Credentials::Valid { access_key_id, expiration, renewal, trouble } => {
             let mut lines = vec![format!("{access_key_id}, valid until {expiration}")];
@@ -149,4 +190,33 @@ async fn get(socket: &Path, path: &str) -> anyhow::Result<Bytes> {
         bail!("the daemon answers {} to {path}", response.status());
     }
     Ok(response.into_body().collect().await.with_context(remedy)?.to_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn status(name: &str, id: &str) -> Status {
+        let status = json!({
+            "id": id, "name": name, "image": "", "cgroup": 1, "cgroup_path": null, "pid": 1, "network": "", "network_namespace": null,
+            "user_namespace": "host", "sources": [], "reasons": [], "verdict": "no-role", "role": null, "role_source": null,
+            "session": null, "options": [], "credentials": { "state": "none" }, "advice": null, "requests": 0, "last_client": null,
+        });
+        serde_json::from_value(status).unwrap()
+    }
+
+    #[test]
+    fn a_container_is_found_by_its_name_its_id_or_a_beginning_that_is_nobody_elses() {
+        let all = [status("web", "ab12"), status("ab1", "cd34"), status("job", "ab19"), status("cd34", "ef56")];
+        let found =
+            |given: &str| find(&all, given).map(|status| status.name.as_str()).map_err(|error| error.to_string());
+        for (given, name) in [("web", "web"), ("ab12", "web"), ("ab19", "job"), ("e", "cd34"), ("ab1", "ab1")] {
+            assert_eq!(found(given).as_deref(), Ok(name), "{given}");
+        }
+        let several = found("ab").unwrap_err();
+        assert!(several.contains("web (ab12), job (ab19)") && !several.contains("ef56"), "{several}");
+        assert!(found("x").unwrap_err().contains("metadata-proxy ps") && found("").is_err());
+    }
 }

@@ -30,7 +30,11 @@ pub(crate) struct Status {
     pub(crate) sources: Vec<Said>,
     /// How the role was decided, step by step.
     pub(crate) reasons: Vec<String>,
+    pub(crate) verdict: Outcome,
+    /// Its ARN; the bare name while that is pending, and `@instance`.
     pub(crate) role: Option<String>,
+    /// Who has named it.
+    pub(crate) role_source: Option<String>,
     pub(crate) session: Option<String>,
     /// What STS is asked for beside these, by the names of the labels.
     pub(crate) options: Vec<(String, String)>,
@@ -41,10 +45,24 @@ pub(crate) struct Status {
     pub(crate) last_client: Option<Client>,
 }
 
+/// What was decided, before STS is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Outcome {
+    Role,
+    /// AWS has not told yet whose account the role is in.
+    Pending,
+    /// The real service, and the host's own role.
+    Instance,
+    NoRole,
+    /// By a rule, an option, or what nobody understands.
+    Refused,
+}
+
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "state")]
 pub(crate) enum Credentials {
-    /// The container has no role.
+    /// None of ours: see the verdict.
     None,
     /// STS has been asked and has not answered yet.
     Pending,
@@ -89,13 +107,30 @@ pub(crate) fn of(workload: &Workload, store: &Store) -> Status {
         user_namespace: container.user_namespace,
         sources: identity::sources(container),
         reasons: decision.reasons.clone(),
-        role: role.map(|(arn, _)| arn.to_string()),
+        verdict: outcome(&decision.verdict),
+        role: match &decision.verdict {
+            Verdict::Role { arn, .. } => Some(arn.to_string()),
+            Verdict::Pending { name } => Some(name.clone()),
+            Verdict::Instance => Some(identity::INSTANCE.to_owned()),
+            Verdict::NoRole | Verdict::Refused => None,
+        },
+        role_source: decision.source.clone(),
         session: role.map(|(_, session)| session.session_name.clone()),
         options,
         credentials: role.map_or(Credentials::None, |(_, session)| credentials(store.state(session))),
         advice: advice(&decision.verdict).map(str::to_owned),
         requests: seen.requests,
         last_client: seen.last,
+    }
+}
+
+fn outcome(verdict: &Verdict) -> Outcome {
+    match verdict {
+        Verdict::Role { .. } => Outcome::Role,
+        Verdict::Pending { .. } => Outcome::Pending,
+        Verdict::Instance => Outcome::Instance,
+        Verdict::NoRole => Outcome::NoRole,
+        Verdict::Refused => Outcome::Refused,
     }
 }
 

@@ -270,3 +270,37 @@ fn under_rules_even_a_full_arn_waits_for_the_account() {
     assert_eq!(decide(&container, &settings, None).verdict, Verdict::Pending { name: "web".into() });
     assert!(matches!(judged(&container, &settings).verdict, Verdict::Role { .. }));
 }
+
+#[test]
+fn who_has_named_the_role_is_told() {
+    let rest = Allowance { default_role: Some("basic".parse().unwrap()), ..Allowance::default() };
+    let ruled = ruled(vec![("*", allow(&["web"], rest))]);
+    for (container, settings, source) in [
+        (container("web", &[], &[("IAM_PROFILE", "web")]), &settings(None), Some("environment variable IAM_PROFILE")),
+        (asks("web", "no role"), &settings(None), Some("label metadata-proxy.role")),
+        (container("web", &[], &[]), &settings(Some("web")), Some("default-role")),
+        (container("web", &[], &[]), &ruled, Some("default-role of the rule")),
+        (container("web", &[], &[]), &settings(None), None),
+    ] {
+        assert_eq!(judged(&container, settings).source.as_deref(), source);
+    }
+}
+
+#[test]
+fn no_container_adds_lines_to_what_is_said_of_it() {
+    let evil = "x}\nrole  admin\u{1b}[2K\u{9b}\u{202e}{";
+    for (label, value) in [
+        ("metadata-proxy.role", evil.to_owned()),
+        ("metadata-proxy.session-name", format!("{{{evil}}}")),
+        ("metadata-proxy.session-tags", format!("a={{label.x:{evil}}}")),
+        ("metadata-proxy.upstream-deny", evil.replace('\n', "\r")),
+        ("metadata-proxy.x\ny", String::new()),
+    ] {
+        let decision =
+            judged(&container("web", &[("metadata-proxy.role", "web"), (label, &value)], &[]), &settings(None));
+        assert_eq!(decision.verdict, Verdict::Refused);
+        let said = decision.reasons.concat();
+        assert!(!said.contains(|c: char| c.is_control() || c == '\u{202e}'), "{said:?}");
+    }
+    assert_eq!(printable("caf\u{e9} \"a\" 'b' \\"), "caf\u{e9} \"a\" 'b' \\");
+}
