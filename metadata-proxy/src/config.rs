@@ -22,7 +22,7 @@ use crate::{
     audit,
     cli::{LogFormat, Run},
     credentials,
-    identity::{self, Kind, Template, session_tag},
+    identity::{self, Kind, Template, check_tags, operators_tags, rules::Effect, session_tag},
     imds::{Instance, InstanceSettings, Policy, View},
     server::Limits,
 };
@@ -145,7 +145,8 @@ impl Config {
         }
         let [endpoint_origin, ..] = &origins;
         let session_tags =
-            file.session_tags.iter().map(|(key, value)| session_tag(key, value)).collect::<Result<_, _>>();
+            tags(&file.session_tags).map_err(|rule| BadConfig(format!("{file_name}: [session-tags]: {rule}")))?;
+        check_all_tags(&rules, &session_tags)?;
         let (session_name, name_origin) = either("session-name", run.session_name, file.session_name);
         let session_name =
             Template::parse(Kind::SessionName, session_name.as_deref().unwrap_or(identity::SESSION_NAME));
@@ -153,7 +154,7 @@ impl Config {
             default_role: parsed(either("default-role", run.default_role, file.default_role))?,
             role_base: parsed(either("role-base", run.role_base, file.role_base))?,
             session_name: session_name.map_err(|rule| BadConfig(format!("{name_origin}: {rule}")))?,
-            session_tags: session_tags.map_err(|rule| BadConfig(format!("{file_name}: [session-tags]: {rule}")))?,
+            session_tags,
             require_imdsv2: run.require_imdsv2 || file.require_imdsv2,
             container_labels: file.upstream.container_labels,
             exempt: file.exempt.containers,
@@ -236,6 +237,22 @@ fn parse(place: &str, text: &str) -> Result<(File, rules::Rules), BadConfig> {
     }
     let unmatched_allowed = file.unmatched == rules::Unmatched::Allow;
     Ok((file, rules::Rules { rules, unmatched_allowed }))
+}
+
+fn tags(given: &BTreeMap<String, String>) -> Result<Vec<(String, Template)>, String> {
+    let tags = given.iter().map(|(key, value)| session_tag(key, value)).collect::<Result<Vec<_>, _>>()?;
+    check_tags(&tags).map(|()| tags)
+}
+
+/// A rule's tags and those of all sessions come together: more than AWS takes would refuse every container of that rule.
+fn check_all_tags(rules: &rules::Rules, of_all: &[(String, Template)]) -> Result<(), BadConfig> {
+    for rule in &rules.rules {
+        if let Effect::Allow(allowance) = &rule.effect {
+            check_tags(&operators_tags(&allowance.tags, of_all))
+                .map_err(|reason| BadConfig(format!("{}: tags and [session-tags]: {reason}", rule.place)))?;
+        }
+    }
+    Ok(())
 }
 
 fn imds_uri(given: &str) -> Result<Uri, String> {
@@ -384,6 +401,7 @@ mod tests {
             ("name = 'web'", "toml:2: a rule says allow"),
             ("deny = true\nallow = ['web']", "toml:2: a rule with deny"),
             ("allow = ['we b']", "toml:2: allow: \"we b\""),
+            ("allow = ['arn:aws:iam::12345678901:role/*']", "the account is not 12 digits"),
             ("default-role = 'we b'", "toml:2: default-role: \"we b\""),
             ("allow = ['x']\nmax-duration = '1s'", "toml:2: max-duration \"1s\""),
             ("allow = ['@instance']\nmax-duration = '1h'", "toml:2: nothing can be forced"),
@@ -395,6 +413,28 @@ mod tests {
             let error = with_file(&format!("\n[[rule]]\n{rule}\n"), &[]).unwrap_err().to_string();
             assert!(error.contains(expected), "{rule}: {error}");
         }
+    }
+
+    #[test]
+    fn tags_that_would_refuse_every_container_are_named() {
+        let many =
+            |count: usize, prefix: &str| -> String { (0..count).map(|at| format!("{prefix}{at} = 'x'\n")).collect() };
+        let rule = "[[rule]]\nallow = ['*']\n[rule.tags]\n";
+        for (file, expected) in [
+            ("[session-tags]\nteam = 'a'\nTeam = 'b'\n".to_owned(), "[session-tags]: key \"team\" is there twice"),
+            (format!("{rule}team = 'a'\nTEAM = 'b'\n"), "toml:1: tags: key \"team\" is there twice"),
+            (format!("[session-tags]\n{}", many(51, "a")), "[session-tags]: 51 session tags: AWS takes 50 at most"),
+            (format!("{rule}{}", many(51, "a")), "toml:1: tags: 51 session tags"),
+            (
+                format!("{rule}{}[session-tags]\n{}", many(30, "a"), many(30, "b")),
+                "toml:1: tags and [session-tags]: 60",
+            ),
+        ] {
+            let error = with_file(&file, &[]).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        // The rule's replace the others.
+        with_file(&format!("{rule}{}[session-tags]\n{}", many(30, "a"), many(30, "A")), &[]).unwrap();
     }
 
     #[test]

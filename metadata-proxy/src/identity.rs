@@ -19,7 +19,7 @@ use rules::{Allowance, Effect, Rules};
 use source::Names;
 
 pub(crate) use glob::Glob;
-pub(crate) use options::{check_policy_arns, duration, policy, seconds, session_tag};
+pub(crate) use options::{check_policy_arns, check_tags, duration, policy, seconds, session_tag};
 pub(crate) use role::{Home, INSTANCE, RoleArn, RoleBase, RoleSpec};
 pub(crate) use source::Said;
 pub(crate) use template::{Kind, Template};
@@ -251,11 +251,8 @@ impl Case<'_> {
         if session_name.len() < 2 {
             return Err(format!("the session name {session_name:?} is shorter than the 2 characters that AWS wants"));
         }
-        let mut tags = rule.map(|rule| rule.tags.clone()).unwrap_or_default();
-        let of_rule = tags.len();
-        let replaced = |key: &str| tags[..of_rule].iter().any(|(other, _)| options::same_key(other, key));
-        let of_all = settings.session_tags.iter().filter(|(key, _)| !replaced(key)).cloned().collect::<Vec<_>>();
-        tags.extend(of_all);
+        let of_rule = rule.map(|rule| rule.tags.as_slice()).unwrap_or_default();
+        let mut tags = operators_tags(of_rule, &settings.session_tags);
         add_tags(&mut tags, options.session_tags)?;
         let render = |(key, value): (String, Template)| (key, value.render(container, &settings.host));
         Ok(RoleSession {
@@ -271,6 +268,12 @@ impl Case<'_> {
     }
 }
 
+/// Those of a rule, and of those of all sessions what it does not replace.
+pub(crate) fn operators_tags(of_rule: &[(String, Template)], of_all: &[(String, Template)]) -> Vec<(String, Template)> {
+    let replaced = |key: &str| of_rule.iter().any(|(other, _)| options::same_key(other, key));
+    of_rule.iter().chain(of_all.iter().filter(|(key, _)| !replaced(key))).cloned().collect()
+}
+
 /// Adds the container's tags to the operator's, which it must not replace: policies may rely on them.
 fn add_tags(tags: &mut Vec<(String, Template)>, own: Vec<(String, Template)>) -> Result<(), String> {
     for (key, value) in own {
@@ -279,10 +282,7 @@ fn add_tags(tags: &mut Vec<(String, Template)>, own: Vec<(String, Template)>) ->
         }
         tags.push((key, value));
     }
-    if tags.len() > options::TAGS {
-        return Err(format!("{} session tags: AWS takes {} at most", tags.len(), options::TAGS));
-    }
-    Ok(())
+    check_tags(tags)
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@ use crate::{
     identity::{
         Glob, INSTANCE, check_policy_arns, duration, policy,
         rules::{Allowance, Effect, Matching, Rule},
-        session_tag,
     },
 };
 
@@ -82,11 +81,7 @@ impl Table {
                 policy_arns: check_policy_arns(&self.policy_arns)
                     .map(|()| self.policy_arns)
                     .map_err(|error| format!("policy-arns: {error}"))?,
-                tags: self
-                    .tags
-                    .iter()
-                    .map(|(key, value)| session_tag(key, value).map_err(|error| format!("tags: {error}")))
-                    .collect::<Result<_, _>>()?,
+                tags: super::tags(&self.tags).map_err(|error| format!("tags: {error}"))?,
             })),
         };
         let matching = Matching {

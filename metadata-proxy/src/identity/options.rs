@@ -56,7 +56,7 @@ pub(super) const ALL: [Names; 11] = [
 ];
 
 /// Session tags of one session.
-pub(super) const TAGS: usize = 50;
+const TAGS: usize = 50;
 
 const PREFIX: &str = "metadata-proxy.";
 /// What an error message repeats of somebody's input.
@@ -212,12 +212,21 @@ fn session_tags(text: &str) -> Result<Vec<(String, Template)>, String> {
     if tags.is_empty() {
         return Err(EMPTY.to_owned());
     }
-    let doubled =
-        |(at, (key, _)): (usize, &(String, Template))| tags[..at].iter().any(|(other, _)| same_key(other, key));
-    if tags.iter().enumerate().any(doubled) {
-        return Err("a key is there twice; AWS tells keys not apart by case".to_owned());
-    }
+    check_tags(&tags)?;
     Ok(tags)
+}
+
+/// Of one session together.
+pub(crate) fn check_tags(tags: &[(String, Template)]) -> Result<(), String> {
+    if tags.len() > TAGS {
+        return Err(format!("{} session tags: AWS takes {TAGS} at most", tags.len()));
+    }
+    for (at, (key, _)) in tags.iter().enumerate() {
+        if tags.iter().take(at).any(|(other, _)| same_key(other, key)) {
+            return Err(format!("key {key:?} is there twice; AWS tells keys not apart by case"));
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn session_tag(key: &str, value: &str) -> Result<(String, Template), String> {

@@ -233,6 +233,30 @@ impl FromStr for RoleSpec {
     }
 }
 
+/// Whether a pattern of whole ARNs could match a role at all: what it says in full is as in a role.
+pub(super) fn check_pattern(given: &str) -> Result<(), BadRole> {
+    const EXAMPLE: [&str; 6] = ["arn", "aws", "iam", "", "000000000000", "role/x"];
+    const ACCOUNT: usize = 4;
+    let mut role: Vec<String> = Vec::new();
+    for (at, field) in given.splitn(EXAMPLE.len(), ':').enumerate() {
+        let is_resource = at > ACCOUNT;
+        if field.contains('*') && !is_resource {
+            // It may stand for colons, so nobody knows what comes in which field.
+            role.extend(EXAMPLE.iter().skip(at).map(|&field| field.to_owned()));
+            break;
+        }
+        let first = field.find(['*', '?']);
+        role.push(match first {
+            None => field.to_owned(),
+            Some(_) if at == ACCOUNT => field.replace('?', "0"),
+            Some(first) if is_resource && first >= "role/".len() => field.replace(['*', '?'], "x"),
+            Some(_) => EXAMPLE.iter().skip(at).take(1).map(|&field| field.to_owned()).collect(),
+        });
+    }
+    let role = role.join(":").parse::<RoleArn>();
+    role.map(drop).map_err(|error| BadRole::new(given, error.reason))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -289,6 +313,38 @@ mod tests {
             "arn:aws:iam::123456789012:",
         ] {
             assert!(given.parse::<RoleBase>().is_err(), "{given:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn patterns_that_could_match_no_role_are_refused() {
+        for given in [
+            "arn:*",
+            "arn:aws*",
+            "arn:aws:iam::*",
+            "arn:aws:iam::*:role/web",
+            "arn:aws:iam::1234*:role/web",
+            "arn:aws:iam::12345678901?:role/web",
+            "arn:a??:iam::123456789012:role/we?",
+            "arn:aws:iam::123456789012:role/*",
+            "arn:aws:iam::123456789012:ro*",
+            "arn:aws:iam::123456789012:role/a/*/b-*",
+        ] {
+            assert_eq!(check_pattern(given), Ok(()), "{given}");
+        }
+        for given in [
+            "arn:",
+            "arn:aws:iam::12345678901:role/*",
+            "arn:aws:iam::12345678901?",
+            "arn:aws:iam::1234567890123:role/*",
+            "arn:aws:iam:eu-west-1:123456789012:role/*",
+            "arn:aws:sts::123456789012:*",
+            "arn:aws:iam::123456789012:user/*",
+            "arn:aws:iam::123456789012:role/*/",
+            "arn:aws:iam::123456789012:role/we b*",
+            "arn:gcp:*",
+        ] {
+            assert!(check_pattern(given).is_err(), "{given} was accepted");
         }
     }
 

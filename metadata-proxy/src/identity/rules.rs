@@ -70,10 +70,11 @@ impl FromStr for Allowed {
     type Err = BadRole;
 
     fn from_str(given: &str) -> Result<Self, BadRole> {
+        // What no role could be named like would match nothing, which nobody means.
         if given.starts_with("arn:") {
+            role::check_pattern(given)?;
             return Ok(Self::Arn(Glob(given.to_owned())));
         }
-        // What no role could be named like would match nothing, which nobody means.
         match given.replace(['*', '?'], "x").parse()? {
             RoleSpec::Instance => Ok(Self::Instance),
             RoleSpec::Arn(_) | RoleSpec::Short { .. } => Ok(Self::Short(Glob(given.to_owned()))),
