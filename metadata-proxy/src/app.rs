@@ -56,8 +56,10 @@ pub(crate) fn run(config: Config, reload: impl Fn() -> Reloaded + Send + 'static
     runtime()?.block_on(serve(config, reload))
 }
 
-pub(crate) fn check(config: &Config) -> anyhow::Result<()> {
-    if !runtime()?.block_on(check::run(config)) {
+pub(crate) fn check(config: &Config, config_only: bool) -> anyhow::Result<()> {
+    if config_only {
+        check::configuration_only(config);
+    } else if !runtime()?.block_on(check::run(config)) {
         bail!("this host lacks something that is needed");
     }
     Ok(())

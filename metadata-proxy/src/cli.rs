@@ -28,7 +28,15 @@ pub(crate) enum Command {
     #[command(after_help = RUN_HELP)]
     Run(Run),
     /// Say whether this host has what `run` with the same flags needs, and what to do where not.
-    Check(Run),
+    ///
+    /// Exit status: 0 if it has, 64 for bad configuration, 1 if something is missing.
+    Check {
+        #[command(flatten)]
+        run: Run,
+        /// Only whether flags, environment and file are right: asks neither kernel, Docker nor AWS, and needs no root
+        #[arg(long)]
+        config_only: bool,
+    },
     /// List the containers that the running daemon knows: role, credentials, requests.
     Ps {
         #[command(flatten)]

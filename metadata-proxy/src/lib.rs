@@ -53,8 +53,8 @@ pub fn main() -> ExitCode {
             }
             Err(error) => return refuse(&error.to_string()),
         },
-        Command::Check(run) => match Config::resolve(run) {
-            Ok(config) => app::check(&config),
+        Command::Check { run, config_only } => match Config::resolve(run) {
+            Ok(config) => app::check(&config, config_only),
             Err(error) => return refuse(&error.to_string()),
         },
         Command::Ps { socket, json } => app::ps(&socket.path(), json),

@@ -4,7 +4,7 @@ use std::process::Output;
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::{TestHost, program},
+    host::{Machine, TestHost, program},
     stage::{self, daemon_options},
 };
 
@@ -59,5 +59,33 @@ async fn each_thing_missing_is_named_with_its_remedy() -> Result<()> {
         ensure!(failed.iter().any(|line| named(&line)), "no {name:?} with {remedy:?} in {failed:#?}");
     }
     ensure!(failed.len() == 4, "{failed:#?}");
+    Ok(())
+}
+
+/// Where CI looks at a file: no engine, no STS, no privileges.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_configuration_file_is_checked_off_the_host_and_without_privileges() -> Result<()> {
+    let machine = Machine::start()?;
+    let file = machine.directory().join("config.toml");
+    let check = |text: &str, arguments: &[&str]| -> Result<Output> {
+        std::fs::write(&file, text)?;
+        let mut command = machine.command("setpriv");
+        command.args(["--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]).arg(program()?);
+        command.args(["check", "--docker-host", "unix:///nowhere.sock", "--config"]).arg(&file);
+        command.args(arguments).output().context("run check")
+    };
+    let right = "[[rule]]\nname = 'web'\nallow = ['web/*']\n";
+    let output = check(right, &["--config-only"])?;
+    ensure!(output.status.code() == Some(0), "{output:?}");
+    ensure!(lines(&output, "ok") == ["ok      configuration       1 rule"] && output.stderr.is_empty(), "{output:?}");
+
+    let wrong = check("[[rule]]\nname = 'web'\nallow = ['we b']\n", &["--config-only"])?;
+    let said = String::from_utf8_lossy(&wrong.stderr);
+    ensure!(wrong.status.code() == Some(64), "{wrong:?}");
+    ensure!(said.contains("config.toml:1: allow: \"we b\"") && said.lines().count() == 1, "{said}");
+
+    // The host is another matter.
+    let host = check(right, &["--disable-upstream"])?;
+    ensure!(host.status.code() == Some(1) && !lines(&host, "FAILED").is_empty(), "{host:?}");
     Ok(())
 }
