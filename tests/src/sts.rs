@@ -18,6 +18,7 @@ use std::time::Duration;
 use http::Request;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
+use jiff::SignedDuration;
 
 pub use self::roles::Issued;
 use self::server::{Answer, Closed, Connections, Server};
@@ -43,6 +44,9 @@ pub enum Fault {
     ServerError,
     /// The same, and afterwards no fault.
     ServerErrorOnce,
+    /// Its clock is so far ahead of this machine's, or behind: it refuses signatures that are more than five minutes off with
+    /// `SignatureDoesNotMatch`, 403, and each answer's `Date` tells the time. (What it issues still ends by our clock.)
+    Clock(SignedDuration),
     /// The ordinary answer, late.
     Delay(Duration),
     /// No answer, ever, on an open connection.

@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use metadata_proxy_tests::{
     host::{Container, ContainerSpec, DaemonOptions, TestHost, program},
     imds::HOST_IDENTITY,
     stage::{STS_ENDPOINT, Stage, daemon_options, role_arn, start_imds, start_sts},
-    sts::{BASE_IDENTITY, BASE_SECRET_KEY, Call, Fault},
+    sts::{BASE_IDENTITY, BASE_SECRET_KEY, Call, Fault, Outcome},
 };
 use tokio::time::sleep;
 
@@ -445,6 +445,31 @@ async fn a_source_credential_that_is_replaced_in_its_profile_is_taken_without_a_
     // By itself.
     ask_until(&between, "", 200, Duration::from_secs(35)).await?;
     stage.assert_no_leak()
+}
+
+/// STS then refuses what the daemon signs, and tells the time in the same answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_is_ten_minutes_off_costs_one_more_request() -> Result<()> {
+    for (ahead, words) in [(10, "ahead"), (-10, "behind")] {
+        let stage = Stage::start().await?;
+        stage.sts.set_fault(Some(Fault::Clock(SignedDuration::from_mins(ahead))));
+        let first = idle(&stage, "first", "first").await?;
+        let answer = ask_until(&first, "first", 200, Duration::from_secs(10)).await?;
+        ensure!(stage.role_of(&answer.access_key()?).as_deref() == Some("first"), "{answer:?}");
+        let outcomes: Vec<_> =
+            stage.sts.calls().into_iter().filter(|call| call.action == "AssumeRole").map(|call| call.outcome).collect();
+        let [Outcome::Refused("SignatureDoesNotMatch"), Outcome::Issued(_)] = outcomes.as_slice() else {
+            bail!("STS {words}: {outcomes:?}");
+        };
+        let log = stage.daemon.log()?;
+        ensure!(!log.contains("no new credentials"), "not within one turn: {log}");
+        // What was learned is kept.
+        let second = idle(&stage, "second", "second").await?;
+        ask_until(&second, "second", 200, Duration::from_secs(10)).await?;
+        only_call(&stage, "second")?;
+        stage.assert_no_leak()?;
+    }
+    Ok(())
 }
 
 /// As those of an instance role, every few hours.

@@ -7,7 +7,9 @@ use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderMap, Response, StatusCode, header};
 use http_body_util::Full;
-use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
+use jiff::{SignedDuration, Timestamp};
 
 use super::roles::{self, AssumeRole, Issued};
 use super::wire::{self, Refusal};
@@ -81,12 +83,15 @@ impl State {
                 let message = "We encountered an internal error. Please try again.";
                 Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalFailure", message))
             }
+            Some(Fault::Clock(ahead)) => {
+                check_signing_time(headers, Timestamp::now() + *ahead).and_then(|()| self.perform(call, headers))
+            }
             // The caller has seen to these: they are about when to answer, not what.
             Some(Fault::Delay(_) | Fault::Hang) | None => self.perform(call, headers),
         };
         let is_s3 = call.action.starts_with("s3:");
         let request_id = format!("00000000-0000-4000-8000-{:012x}", call.number);
-        let (outcome, response) = match result {
+        let (outcome, mut response) = match result {
             Ok((Outcome::Identified(arn), _)) if is_s3 => {
                 let key = call.access_key.as_deref().unwrap_or_default();
                 let asks = |what| call.parameters.contains_key(what);
@@ -101,6 +106,10 @@ impl State {
             Ok((outcome, xml)) => (outcome, wire::answer(&call.action, &xml, &request_id)),
             Err(refusal) => (Outcome::Refused(refusal.code), wire::refuse(&refusal, &request_id)),
         };
+        if let Some(Fault::Clock(ahead)) = fault {
+            let date = (Timestamp::now() + *ahead).strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+            response.headers_mut().extend(date.parse().ok().map(|date| (header::DATE, date)));
+        }
         // Gone when somebody cleared the records in the meantime.
         if let Some(recorded) = self.calls.iter_mut().rev().find(|recorded| recorded.number == call.number) {
             recorded.outcome = outcome;
@@ -168,4 +177,23 @@ impl State {
         let message = format!("User: {caller} is not authorized to perform: {action} on resource: {role}");
         Refusal::new(StatusCode::FORBIDDEN, "AccessDenied", message)
     }
+}
+
+/// What STS thinks of the time at which a request says that it was signed.
+fn check_signing_time(headers: &HeaderMap, now: Timestamp) -> Result<(), Refusal> {
+    const TOLERANCE: SignedDuration = SignedDuration::from_mins(5);
+    let signed = headers.get("x-amz-date").and_then(|date| date.to_str().ok());
+    let signed = signed.and_then(|date| DateTime::strptime("%Y%m%dT%H%M%SZ", date).ok()?.to_zoned(TimeZone::UTC).ok());
+    let signed = signed.map(|signed| signed.timestamp()).ok_or_else(|| {
+        Refusal::new(StatusCode::BAD_REQUEST, "IncompleteSignature", "Date must be in ISO-8601 'basic format'.")
+    })?;
+    if now.duration_since(signed).abs() <= TOLERANCE {
+        return Ok(());
+    }
+    let message = if signed < now {
+        format!("Signature expired: {signed} is now earlier than {} ({now} - 5 min.)", now - TOLERANCE)
+    } else {
+        format!("Signature not yet current: {signed} is still later than {} ({now} + 5 min.)", now + TOLERANCE)
+    };
+    Err(Refusal::new(StatusCode::FORBIDDEN, "SignatureDoesNotMatch", message))
 }
