@@ -10,7 +10,7 @@
 //!   that goes away takes nothing with it.
 //! - Credentials leave the module only while they are valid by the monotonic *and* by the wall clock.
 //! - Secrets stay inside [`SecretString`]: neither `Debug` nor a log line can print them, and dropping the last reference
-//!   wipes them.
+//!   wipes them; not the copies in the SDK's buffers, nor those in answers (docs/credentials.md).
 
 mod entry;
 mod failure;
