@@ -34,12 +34,15 @@ impl Default for Limits {
 const SHARE: usize = 4;
 /// Calls that may go at once, as the time in which they are earned.
 const BURST: Duration = Duration::from_secs(2);
+/// With so much left a renewal goes before those who come after that with nothing to serve: where turns are too few, they
+/// would otherwise let run out all that is served.
+const URGENT: Duration = Duration::from_secs(10 * 60);
 /// The account is throttled as a whole: each such answer halves the rate, down to this, and each other one raises it again.
 const SLOWEST: Duration = Duration::from_secs(1);
 const RECOVERY: f64 = 0.95;
 
-/// What is known of a call before it is made; in the order of their turns, and among equals the first comes first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// What is known of a call before it is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Need {
     /// There is nothing to serve, and somebody may be waiting.
     Now,
@@ -47,6 +50,26 @@ pub(super) enum Need {
     By(Instant),
     /// The last call failed, and not for throttling. However many of these there are, they cannot crowd out the others.
     Again,
+}
+
+/// The order of turns: those whose last call failed last; before them, by when the call is due; and among equals the first
+/// comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    again: bool,
+    due: Instant,
+    number: u64,
+}
+
+impl Place {
+    fn new(need: Need, number: u64) -> Self {
+        let now = Instant::now();
+        let due = match need {
+            Need::Now | Need::Again => now,
+            Need::By(end) => end.checked_sub(URGENT).unwrap_or(now),
+        };
+        Self { again: need == Need::Again, due, number }
+    }
 }
 
 /// How a call ended, for the rate.
@@ -115,8 +138,7 @@ impl Drop for Turn {
 struct Giver {
     limits: Limits,
     messages: mpsc::WeakUnboundedSender<Message>,
-    /// In order; the number keeps those apart who need it alike, first come, first served.
-    waiting: BTreeMap<(Need, u64), (String, oneshot::Sender<Turn>)>,
+    waiting: BTreeMap<Place, (String, Need, oneshot::Sender<Turn>)>,
     arrivals: u64,
     running: usize,
     running_by_role: HashMap<String, usize>,
@@ -157,7 +179,7 @@ impl Giver {
                 None => return,
                 Some(Message::Wanted { role, need, granted }) => {
                     self.arrivals += 1;
-                    self.waiting.insert((need, self.arrivals), (role, granted));
+                    self.waiting.insert(Place::new(need, self.arrivals), (role, need, granted));
                 }
                 Some(Message::Over { role, need, ending }) => self.over(&role, need, ending),
             }
@@ -166,23 +188,22 @@ impl Giver {
 
     /// Gives all turns that there are; the time when there may be another, if it is only for the rate that somebody waits.
     fn give(&mut self) -> Option<Instant> {
-        self.waiting.retain(|_, (_, granted)| !granted.is_closed());
+        self.waiting.retain(|_, (.., granted)| !granted.is_closed());
         loop {
             let share = self.limits.concurrent.div_ceil(SHARE);
-            let may = |((need, _), (role, _)): &(&(Need, u64), &(String, _))| {
+            let may = |(place, (role, ..)): &(&Place, &(String, Need, _))| {
                 self.running < self.limits.concurrent
                     && self.running_by_role.get(role).is_none_or(|running| *running < share)
-                    && (*need != Need::Again || self.running_again < share)
+                    && (!place.again || self.running_again < share)
             };
-            let key = self.waiting.iter().find(may).map(|(key, _)| *key)?;
+            let place = self.waiting.iter().find(may).map(|(place, _)| *place)?;
             let now = Instant::now();
             let due = self.due.max(now);
             if due > now + BURST {
                 return Some(due - BURST);
             }
-            let (role, granted) = self.waiting.remove(&key)?;
+            let (role, need, granted) = self.waiting.remove(&place)?;
             let messages = self.messages.upgrade()?;
-            let (need, _) = key;
             self.due = due + self.interval;
             self.running += 1;
             *self.running_by_role.entry(role.clone()).or_default() += 1;
@@ -275,7 +296,8 @@ mod tests {
         let running = turns.next("x", Now).await;
         let by = |secs| By(Instant::now() + Duration::from_secs(secs));
         let (order, mut came) = mpsc::unbounded_channel();
-        for (name, need) in [("failed", Again), ("late", by(1800)), ("soon", by(60)), ("first", Now), ("second", Now)] {
+        for (name, need) in [("failed", Again), ("late", by(1800)), ("soon", by(900)), ("first", Now), ("second", Now)]
+        {
             let (turns, order) = (turns.clone(), order.clone());
             tokio::spawn(async move {
                 let turn = turns.next(name, need).await;
@@ -288,6 +310,29 @@ mod tests {
         for expected in ["first", "second", "soon", "late", "failed"] {
             assert_eq!(came.recv().await, Some(expected));
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_served_does_not_run_out_for_those_who_keep_coming() {
+        let turns = std::sync::Arc::new(Turns::new(limits(1.0, 1)));
+        let mut running = turns.next("x", Now).await;
+        let end = Instant::now() + Duration::from_secs(1200);
+        let renewal = tokio::spawn({
+            let turns = turns.clone();
+            async move { turns.next("served", By(end)).await.map(|_| Instant::now()) }
+        });
+        sleep(MOMENT).await;
+        // Half as many again as there are turns for, one of them always waiting.
+        for at in 0..1800 {
+            let turns = turns.clone();
+            tokio::spawn(async move { drop(turns.next("new", Now).await) });
+            sleep(Duration::from_secs(1).mul_f64(2.0 / 3.0)).await;
+            assert!(at > 1 || !renewal.is_finished(), "nobody had to wait");
+            if at == 1 {
+                drop(running.take());
+            }
+        }
+        assert!(renewal.is_finished(), "it has run out");
     }
 
     #[tokio::test(start_paused = true)]
