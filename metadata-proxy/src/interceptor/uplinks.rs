@@ -9,6 +9,7 @@ use std::{
     convert::Infallible,
     fmt,
     fs::{self, File},
+    io,
     os::fd::AsFd as _,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -19,7 +20,7 @@ use anyhow::Context as _;
 use aya::{
     Ebpf,
     programs::{
-        SchedClassifier, TcAttachType,
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::FdLink,
         tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact, qdisc_detach_program},
     },
@@ -57,11 +58,16 @@ pub(crate) struct Uplinks {
     object: Mutex<Ebpf>,
     pins: Pins,
     worker: netns::Worker,
+    tcx: bool,
 }
 
 impl Uplinks {
     pub(super) fn new(object: Ebpf, pins: Pins, worker: netns::Worker) -> Self {
-        Self { object: Mutex::new(object), pins, worker }
+        // Asked of a device that is everywhere; a kernel without tcx does not know the question.
+        let tcx = SchedClassifier::query_tcx("lo", TcAttachType::Egress).is_ok();
+        let how = if tcx { "tcx links" } else { "clsact filters, for the kernel has no tcx (Linux 6.6)" };
+        info!("uplinks are guarded by {how}");
+        Self { object: Mutex::new(object), pins, worker, tcx }
     }
 
     /// Guards the host's uplinks; the future goes on with those that come and go.
@@ -84,6 +90,9 @@ impl Uplinks {
         let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
         let program = object.program_mut(PROGRAM).context("this build has no uplink program")?;
         let program: &mut SchedClassifier = program.try_into()?;
+        if !self.tcx {
+            return attach_filter(program, name);
+        }
         if pin.exists() {
             let link = syscall::open_pin(&pin).context("cannot open the pinned link")?;
             match syscall::update_link(link.as_fd(), program.fd()?.as_fd()) {
@@ -93,14 +102,16 @@ impl Uplinks {
             }
             fs::remove_file(&pin).context("cannot remove the pin of a device that is gone")?;
         }
-        match program.attach(name, TcAttachType::Egress) {
-            Ok(id) => match FdLink::try_from(program.take_link(id)?) {
-                Ok(link) => drop(link.pin(&pin).context("cannot pin the link")?),
-                Err(error) => anyhow::bail!("the kernel made no tcx link: {error}"),
-            },
-            // No tcx.
-            Err(_) => attach_filter(program, name)?,
-        }
+        let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+        let id = match program.attach_with_options(name, TcAttachType::Egress, options) {
+            Ok(id) => id,
+            // This very program has come with the device, by the link from when it was in another namespace.
+            Err(ProgramError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::AlreadyExists => {
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        FdLink::try_from(program.take_link(id)?)?.pin(&pin).context("cannot pin the link")?;
         Ok(())
     }
 

@@ -13,6 +13,8 @@ use crate::install::{CERTIFICATES, Kernel, ask, find, quietly};
 
 const INIT: &str = include_str!("init.sh");
 const ENGINE: [&str; 4] = ["dockerd", "containerd", "containerd-shim-runc-v2", "runc"];
+/// Shows the filters on a device, which busybox does not.
+const TC: &str = "tc";
 const OURS: [&str; 4] = ["metadata-proxy", "guest", "aws-config-client", "probe"];
 
 /// In the order of their dependencies. No device: the guest's world is its memory.
@@ -51,7 +53,7 @@ pub(super) fn programs(scratch: &Path) -> anyhow::Result<Vec<u8>> {
     archive.link("usr/bin/sh", "busybox");
 
     let mut libraries = BTreeSet::new();
-    for name in ENGINE {
+    for name in ENGINE.into_iter().chain([TC]) {
         let program = find(name).with_context(|| format!("{name} is not installed"))?;
         libraries.extend(libraries_of(&program));
         archive.file(&format!("usr/bin/{name}"), 0o755, &read(&program)?);
