@@ -18,14 +18,14 @@ const ETHERTYPE_VLAN: u16 = 0x8100_u16.to_be();
 const ETHERTYPE_QINQ: u16 = 0x88a8_u16.to_be();
 const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
 const ETHERTYPE_IPV6: u16 = 0x86dd_u16.to_be();
-/// Through the destination of an IPv6 header behind a tag.
-const HEADERS: u32 = (ETHERNET + VLAN_TAG + 40) as u32;
+/// Through the destination of an IPv6 header behind two tags.
+const HEADERS: u32 = (ETHERNET + 2 * VLAN_TAG + 40) as u32;
 
 /// Frames of Ethernet devices: the daemon attaches this to no others.
 pub fn verdict(ctx: &TcContext) -> i32 {
     // SAFETY: the context outlives the program.
     let skb = unsafe { &mut *ctx.skb.skb };
-    if !is_to_imds(skb) {
+    if !may_be_to_imds(skb) {
         return NEXT;
     }
     // One that came in by another device was forwarded: no socket of this host speaks for it.
@@ -38,24 +38,36 @@ pub fn verdict(ctx: &TcContext) -> i32 {
 }
 
 /// Told from the bytes alone: who writes frames chooses what the kernel takes their protocol for, and
-/// how much of them lies where a program can read it without being asked.
+/// how much of them lies where a program can read it without being asked. What cannot be read, or has
+/// more tags than anyone needs, may be to anybody.
 #[inline(always)]
-fn is_to_imds(skb: &mut __sk_buff) -> bool {
-    if (skb.data as usize) + (HEADERS as usize) > skb.data_end as usize {
-        let length = skb.len.min(HEADERS);
-        // SAFETY: the context's own packet; its pointers are read anew below. Failing means that it
-        // has no more bytes than it shows.
-        unsafe { bpf_skb_pull_data(core::ptr::from_mut(skb), length) };
+fn may_be_to_imds(skb: &mut __sk_buff) -> bool {
+    let length = skb.len.min(HEADERS);
+    if (skb.data as usize) + (length as usize) > skb.data_end as usize {
+        // SAFETY: the context's own packet; its pointers are read anew below.
+        if unsafe { bpf_skb_pull_data(core::ptr::from_mut(skb), length) } != 0 {
+            return true;
+        }
     }
-    match load::<u16>(skb, ETHERNET - 2) {
-        Some(ETHERTYPE_VLAN | ETHERTYPE_QINQ) => is_to_imds_at::<{ ETHERNET + VLAN_TAG }>(skb),
-        Some(_) => is_to_imds_at::<ETHERNET>(skb),
-        None => false,
+    const ONCE: usize = ETHERNET + VLAN_TAG;
+    const TWICE: usize = ONCE + VLAN_TAG;
+    if !is_tagged::<ETHERNET>(skb) {
+        is_to_imds::<ETHERNET>(skb)
+    } else if !is_tagged::<ONCE>(skb) {
+        is_to_imds::<ONCE>(skb)
+    } else {
+        is_tagged::<TWICE>(skb) || is_to_imds::<TWICE>(skb)
     }
 }
 
+/// Whether a tag begins where an IP header would.
 #[inline(always)]
-fn is_to_imds_at<const IP: usize>(skb: &__sk_buff) -> bool {
+fn is_tagged<const IP: usize>(skb: &__sk_buff) -> bool {
+    matches!(load::<u16>(skb, IP - 2), Some(ETHERTYPE_VLAN | ETHERTYPE_QINQ))
+}
+
+#[inline(always)]
+fn is_to_imds<const IP: usize>(skb: &__sk_buff) -> bool {
     match load::<u16>(skb, IP - 2) {
         Some(ETHERTYPE_IPV4) => load::<u32>(skb, IP + 16) == Some(IMDS_V4),
         Some(ETHERTYPE_IPV6) => {

@@ -21,9 +21,10 @@ fn pins(host: &TestHost) -> Result<Vec<String>> {
     Ok(String::from_utf8(listed.stdout)?.lines().map(str::to_owned).collect())
 }
 
-/// Writes ten frames with a UDP packet for the address, if asked with a VLAN tag of priority only.
+/// Writes ten frames with a UDP packet for the address: if asked with VLAN tags of priority only, or from a ring, whose
+/// frames lie in pages that a program cannot read before it has them pulled.
 const FRAMES: &str = r#"
-import errno, socket, struct, sys, time
+import errno, mmap, socket, struct, sys, time
 device = sys.argv[1]
 route = [line.split() for line in open("/proc/net/route")][1:]
 gateway = next((r[2] for r in route if r[0] == device and r[1] == "00000000"), None)
@@ -45,15 +46,27 @@ header = bytearray(struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(payload), 1, 0
 total = sum(struct.unpack("!10H", header))
 total = (total & 0xffff) + (total >> 16)
 header[10:12] = struct.pack("!H", 0xffff ^ ((total & 0xffff) + (total >> 16)))
+tags = b"\x81\x00\x00\x00" * {"tagged": 1, "twice": 2, "thrice": 3}.get(sys.argv[3], 0)
+frame = target + source + tags + b"\x08\x00" + bytes(header) + payload
+ring = None
+if sys.argv[3] == "ring":
+    raw.setsockopt(263, 10, 1)  # SOL_PACKET, PACKET_VERSION, TPACKET_V2
+    raw.setsockopt(263, 13, struct.pack("4I", 4096, 1, 2048, 2))  # PACKET_TX_RING
+    ring = mmap.mmap(raw.fileno(), 4096)
 for number in range(10):
-    tag = b"\x81\x00\x00\x00" if sys.argv[3] == "tagged" else b""
+    if ring:
+        slot = number % 2 * 2048
+        ring[slot + 32:slot + 32 + len(frame)] = frame
+        ring[slot:slot + 8] = struct.pack("2I", 1, len(frame))  # TP_STATUS_SEND_REQUEST
     try:
-        raw.send(target + source + tag + b"\x08\x00" + bytes(header) + payload)
+        raw.send(b"" if ring else frame)
     except OSError as error:
         if error.errno != errno.ENOBUFS:  # what the sender sees of a dropped frame
             raise
 print("sent")
 "#;
+
+const FORMS: [&str; 5] = ["plain", "tagged", "twice", "thrice", "ring"];
 
 async fn send_frames(host: &TestHost, name: &str, network: Network, device: &str, form: &str) -> Result<()> {
     // The protocol that the kernel is told is a lie, the bytes are not.
@@ -87,14 +100,16 @@ async fn frames_of_packet_sockets_do_not_leave_the_host() -> Result<()> {
     // That they would, or the rest of this proves nothing.
     let open = arrived(&host, &cloud, "open-bridge", Network::Default, "eth0", "plain").await?;
     ensure!(open >= 10, "only {open} frames of a bridge container arrive without the daemon");
-    let open = arrived(&host, &cloud, "open-host", Network::Host, "up0", "plain").await?;
-    ensure!(open >= 10, "only {open} frames of a host-network container arrive without the daemon");
+    for form in FORMS {
+        let open = arrived(&host, &cloud, &format!("open-{form}"), Network::Host, "up0", form).await?;
+        ensure!(open >= 10, "only {open} {form} frames of a host-network container arrive without the daemon");
+    }
 
     let mut daemon = host.daemon(daemon_options())?;
     daemon.wait_ready(Duration::from_secs(20)).await?;
     daemon.wait_for("the guard", Duration::from_secs(20), |log| log.contains("guarding uplink up0")).await?;
     for (name, network, device) in [("bridge", Network::Default, "eth0"), ("host", Network::Host, "up0")] {
-        for form in ["plain", "tagged"] {
+        for form in FORMS {
             let count = arrived(&host, &cloud, &format!("{name}-{form}"), network.clone(), device, form).await?;
             // On up0 the gateway is the cloud: the datagrams that find its address are seen there.
             let innocent = if device == "up0" { 3 } else { 0 };
