@@ -73,8 +73,12 @@ pub(crate) struct Interceptor {
 }
 
 impl Interceptor {
-    /// Loads the programs and attaches them, or takes over from the daemon that was here before.
-    pub(crate) fn attach(options: Options<'_>) -> Result<(Self, WantedEvents, Uplinks), Error> {
+    /// Loads the programs and attaches them, or takes over from the daemon that was here before. `know` makes
+    /// known which cgroups are whose, before anything asks for them.
+    pub(crate) fn attach(
+        options: Options<'_>,
+        know: impl FnOnce(&Self) -> Result<(), Error>,
+    ) -> Result<(Self, WantedEvents, Uplinks), Error> {
         let pins = object::Pins::create(options.bpffs, options.cgroup, LAYOUT_VERSION)?;
         let mut object = object::load(&pins, options.debug)?;
 
@@ -90,7 +94,16 @@ impl Interceptor {
             counters: maps::take(&mut object, "COUNTERS")?,
         };
         let wanted = WantedEvents::new(maps::take(&mut object, "WANTED")?)?;
-        link::attach_all(&mut object, &pins, options.cgroup)?;
+        link::load_all(&mut object)?;
+        link::attach_all(&mut object, link::TRACKERS, &pins, options.cgroup)?;
+        know(&interceptor)?;
+        if pins.earlier_link("imds_egress").is_some() {
+            // What the new programs redirect and the old guard does not know is held, until the new one lets it
+            // through; the other way round it would be lost.
+            link::attach_all(&mut object, link::HOOKS.iter().rev(), &pins, options.cgroup)?;
+        } else {
+            link::attach_all(&mut object, link::HOOKS, &pins, options.cgroup)?;
+        }
         object::follow_log(&mut object);
         let uplinks = Uplinks::new(object, pins, options.worker);
         Ok((interceptor, wanted, uplinks))

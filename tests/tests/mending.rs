@@ -1,11 +1,12 @@
 //! A daemon that ended between any two steps leaves pins that the next one mends, and at no moment the
 //! real service.
 
-use std::time::Duration;
+use std::{os::unix::fs::MetadataExt as _, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
     host::{Container, ContainerSpec, Network},
+    imds::HOST_ROLE,
     stage::{Stage, daemon_options, role_arn},
 };
 
@@ -64,6 +65,34 @@ async fn whatever_is_left_of_the_pins_the_next_daemon_mends() -> Result<()> {
     Ok(())
 }
 
+/// By `BPF_LINK_DETACH`, as root on the host or in a privileged container can: the pins stay, of links that do nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn links_that_somebody_has_detached_the_next_daemon_makes_anew() -> Result<()> {
+    let mut stage = Stage::start().await?;
+    let containers = containers(&stage).await?;
+    let cgroup = std::fs::metadata(stage.host.machine().cgroup())?.ino().to_string();
+    let detached = stage.command(probe()?).args(["detach-links", &cgroup]).output()?;
+    ensure!(detached.status.success(), "{detached:?}");
+    // The one on a bridge has no way there.
+    let answer = containers[1].exec(["sh", "-c", ASK]).await?;
+    ensure!(answer.stdout == HOST_ROLE, "nothing was detached: {answer:?}");
+    stage.imds.clear();
+    stage.replace_daemon(daemon_options()).await?;
+    each_has_its_role(&stage, &containers, "BPF_LINK_DETACH").await?;
+    let log = stage.daemon.log()?;
+    ensure!(log.matches("was no longer attached").count() == 6, "{log}");
+    // Theirs are in the place of those.
+    stage.replace_daemon(daemon_options()).await?;
+    ensure!(!stage.daemon.log()?.contains("was no longer attached"), "{}", stage.daemon.log()?);
+    shell(&stage, &format!("test $(ls {PINS}/v1/links-*/ | wc -l) = 8"))
+}
+
+/// Beside the tests.
+fn probe() -> Result<PathBuf> {
+    let tests = std::env::current_exe()?;
+    tests.ancestors().nth(2).map(|debug| debug.join("probe")).context("the test lies nowhere")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_programs_of_another_layout_are_replaced_without_a_gap() -> Result<()> {
     let mut stage = Stage::start().await?;
@@ -71,14 +100,23 @@ async fn the_programs_of_another_layout_are_replaced_without_a_gap() -> Result<(
     stage.daemon.kill().await?;
     // As a daemon with another layout has left them. Theirs go when ours are in place.
     shell(&stage, &format!("mv {PINS}/v1 {PINS}/v0"))?;
-    let asking = "while sleep 0.01; do timeout 1 wget -qO- http://169.254.169.254/latest/meta-data/ami-id; done";
+    // Many at a time, for each is held while no daemon is there.
+    let asking = "while sleep 0.02; do { timeout 9 wget -qO- http://169.254.169.254/latest/meta-data/ami-id 2>&1; echo; } & done";
+    let mut askers = Vec::new();
     for (name, network) in [("asking-bridge", Network::Default), ("asking-host", Network::Host)] {
-        stage.run(ContainerSpec::busybox(name, ["sh", "-c", asking]).network(network)).await?;
+        askers.push(stage.run(ContainerSpec::busybox(name, ["sh", "-c", asking]).network(network)).await?);
     }
     stage.imds.clear();
     stage.daemon = stage.host.daemon(daemon_options())?;
     stage.daemon.wait_ready(READY).await?;
     each_has_its_role(&stage, &containers, "a change of layout").await?;
+    for asker in askers {
+        // Those that were held by the old programs are lost with them; no program refuses what another has redirected.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let (said, _) = asker.output().await?;
+        let (served, refused) = (said.matches("ami-").count(), said.matches("not permitted").count());
+        ensure!(served > 10 && refused == 0, "{}: {served} were served, {refused} refused: {said}", asker.name());
+    }
     for request in stage.imds.requests() {
         ensure!(
             request.user_agent().starts_with("metadata-proxy/"),

@@ -59,17 +59,20 @@ pub(super) async fn start(
 
     let worker = netns::Worker::start()?;
     let settings = settings()?;
-    let (interceptor, wanted, uplinks) = Interceptor::attach(interceptor::Options {
+    let exemptions = Arc::new(Exemptions::new(config.exempt_cgroups.clone(), cgroup2.clone()));
+    let options = interceptor::Options {
         cgroup: &cgroup,
         bpffs: &config.bpffs,
         settings,
         debug: tracing::enabled!(target: "metadata_proxy", tracing::Level::DEBUG),
         worker: worker.clone(),
+    };
+    let (interceptor, wanted, uplinks) = Interceptor::attach(options, |interceptor| {
+        know_cgroups(interceptor, &cgroup2)?;
+        exemptions.enact(interceptor);
+        Ok(())
     })?;
     let interceptor = Arc::new(interceptor);
-    know_cgroups(&interceptor, &cgroup2)?;
-    let exemptions = Arc::new(Exemptions::new(config.exempt_cgroups.clone(), cgroup2.clone()));
-    exemptions.enact(&interceptor);
     let uplinks = Arc::new(uplinks);
     let guard = uplinks.guard_host().await.context("cannot guard the uplinks")?;
     background.spawn(async { Ok(guard.await) });
@@ -82,7 +85,7 @@ pub(super) async fn start(
 
 /// The containers' cgroups that were there before the programs: from then on the kernel itself notes
 /// them as they come and go.
-fn know_cgroups(interceptor: &Interceptor, cgroup2: &Path) -> anyhow::Result<()> {
+fn know_cgroups(interceptor: &Interceptor, cgroup2: &Path) -> Result<(), interceptor::Error> {
     // In this order: one that is made meanwhile is in neither, and stays.
     let known = interceptor.cgroups();
     let existing = cgroup::all(cgroup2);

@@ -1,55 +1,47 @@
 //! Attaching each program to the cgroup: a new link, or, where the link of an earlier daemon is
-//! pinned, an exchange of its program without a moment in between.
+//! pinned, an exchange of its program without a moment in between. So it is also with links of
+//! another layout: were two sets attached, the second would refuse what the first has redirected.
 
 use std::{
     fs::{self, File},
     os::fd::AsFd as _,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, bail};
 use aya::{
     Ebpf,
-    programs::{CgroupAttachMode, CgroupSkbAttachType, Program, TracePoint, links::FdLink},
+    programs::{CgroupAttachMode, CgroupSkbAttachType, Program, links::FdLink},
 };
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{Error, object::Pins, syscall, uplinks};
 
-/// In the order of attachment. Cgroups first, so that none is missed; then the guard: a connection
-/// whose redirection is not attached yet is cut rather than let through.
-const PROGRAMS: [&str; 8] = [
-    "imds_cgroup_gone",
-    "imds_cgroup_made",
-    "imds_egress",
-    "imds_sock_ops",
-    "imds_getpeername4",
-    "imds_getpeername6",
-    "imds_connect4",
-    "imds_connect6",
-];
+/// What notes cgroups as they come and go.
+pub(super) const TRACKERS: &[&str] = &["imds_cgroup_gone", "imds_cgroup_made"];
+/// What asks for them, in the order of attachment. First the guard: a connection whose redirection is
+/// not attached yet is cut rather than let through.
+pub(super) const HOOKS: &[&str] =
+    &["imds_egress", "imds_sock_ops", "imds_getpeername4", "imds_getpeername6", "imds_connect4", "imds_connect6"];
 
-pub(super) fn attach_all(object: &mut Ebpf, pins: &Pins, cgroup: &Path) -> Result<(), Error> {
-    let directory = File::open(cgroup).map_err(|error| Error::Attach {
-        program: "anything",
-        cgroup: cgroup.to_owned(),
-        source: error.into(),
-    })?;
-    load_all(object)?;
-    for name in PROGRAMS {
+pub(super) fn attach_all<'a>(
+    object: &mut Ebpf,
+    programs: impl IntoIterator<Item = &'a &'static str>,
+    pins: &Pins,
+    cgroup: &Path,
+) -> Result<(), Error> {
+    let error = |program| move |source| Error::Attach { program, cgroup: cgroup.to_owned(), source };
+    let directory = File::open(cgroup).map_err(anyhow::Error::from).map_err(error("anything"))?;
+    for name in programs {
         let program = object.program_mut(name).ok_or(Error::Missing(name))?;
-        attach(program, &directory, &pins.link(name)).map_err(|source| Error::Attach {
-            program: name,
-            cgroup: cgroup.to_owned(),
-            source,
-        })?;
+        attach(program, &directory, &pins.link(name), pins.earlier_link(name)).map_err(error(name))?;
     }
     Ok(())
 }
 
 /// Has the kernel verify all programs.
 pub(super) fn load_all(object: &mut Ebpf) -> Result<(), Error> {
-    for name in PROGRAMS.into_iter().chain([uplinks::PROGRAM]) {
+    for name in TRACKERS.iter().chain(HOOKS).copied().chain([uplinks::PROGRAM]) {
         let program = object.program_mut(name).ok_or(Error::Missing(name))?;
         load(program).map_err(|source| super::object::load_error(source.context(name)))?;
     }
@@ -68,23 +60,50 @@ fn load(program: &mut Program) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn attach(program: &mut Program, cgroup: &File, pin: &Path) -> anyhow::Result<()> {
-    if let Program::TracePoint(program) = program {
-        return attach_tracepoint(program, pin);
+/// `earlier` is where a daemon with another layout has left the link.
+fn attach(program: &mut Program, cgroup: &File, pin: &Path, earlier: Option<PathBuf>) -> anyhow::Result<()> {
+    let old = pin.exists().then(|| pin.to_owned()).or(earlier);
+    // The link of a trace event cannot exchange its program. But both may run at once: what they do to
+    // the map, they do twice.
+    let trace = matches!(program, Program::TracePoint(_));
+    let exchanged = old.filter(|_| !trace).map(|old| exchange(program, &old).map(|()| old));
+    match exchanged {
+        Some(Ok(old)) => fs::rename(old, pin).context("cannot rename the pinned link")?,
+        failed => {
+            if let Some(Err(error)) = failed {
+                warn!(
+                    "{} was no longer attached, and containers may have reached the real service: {error:#}",
+                    pin.display()
+                );
+            }
+            let link = new_link(program, cgroup, pin).context(
+                "the kernel makes no link; if it says EPERM, a program without BPF_F_ALLOW_MULTI holds this hook: `bpftool cgroup show` names it",
+            )?;
+            replace(pin, link)?;
+        }
     }
-    if pin.exists() {
-        debug!("exchanging the program of {}", pin.display());
-        let link = syscall::open_pin(pin).context("cannot open the pinned link")?;
-        return syscall::update_link(link.as_fd(), program.fd()?.as_fd()).context("cannot exchange the program");
-    }
-    let link = new_link(program, cgroup).context(
-        "the kernel makes no link; if it says EPERM, a program without BPF_F_ALLOW_MULTI holds this hook: `bpftool cgroup show` names it",
-    )?;
-    link.pin(pin).context("cannot pin the link")?;
     Ok(())
 }
 
-fn new_link(program: &mut Program, cgroup: &File) -> anyhow::Result<FdLink> {
+/// Connections see the old program or the new one. Fails where somebody has detached the link (`BPF_LINK_DETACH`).
+fn exchange(program: &Program, pin: &Path) -> anyhow::Result<()> {
+    debug!("exchanging the program of {}", pin.display());
+    let link = syscall::open_pin(pin).context("cannot open the pinned link")?;
+    syscall::update_link(link.as_fd(), program.fd()?.as_fd()).context("cannot exchange the program")
+}
+
+/// Pins a link in the place of one that is of no use any more.
+fn replace(pin: &Path, link: FdLink) -> anyhow::Result<()> {
+    let mut new = pin.as_os_str().to_owned();
+    // Names in a bpffs have no dots.
+    new.push("_new");
+    // Of a daemon that was killed just here.
+    let _ = fs::remove_file(&new);
+    link.pin(&new).context("cannot pin the link")?;
+    fs::rename(&new, pin).context("cannot rename the pinned link")
+}
+
+fn new_link(program: &mut Program, cgroup: &File, pin: &Path) -> anyhow::Result<FdLink> {
     // The kernel lets several links share a hook, whatever the mode; and it refuses any other mode
     // for a link with EINVAL.
     let mode = CgroupAttachMode::Single;
@@ -101,21 +120,12 @@ fn new_link(program: &mut Program, cgroup: &File) -> anyhow::Result<FdLink> {
             let id = program.attach(cgroup, mode)?;
             program.take_link(id)?.try_into()?
         }
+        Program::TracePoint(program) => {
+            let event = if pin.ends_with("imds_cgroup_made") { "cgroup_mkdir" } else { "cgroup_rmdir" };
+            let id =
+                program.attach("cgroup", event).context("cannot attach to the trace event (is tracefs mounted?)")?;
+            program.take_link(id)?.try_into()?
+        }
         _ => bail!("a program of an unexpected type"),
     })
-}
-
-/// The link of a trace event cannot exchange its program. But both may run at once: what they do to
-/// the map, they do twice.
-fn attach_tracepoint(program: &mut TracePoint, pin: &Path) -> anyhow::Result<()> {
-    let event = if pin.ends_with("imds_cgroup_made") { "cgroup_mkdir" } else { "cgroup_rmdir" };
-    let id = program.attach("cgroup", event).context("cannot attach to the trace event (is tracefs mounted?)")?;
-    let link: FdLink = program.take_link(id)?.try_into()?;
-    // Names in a bpffs have no dots.
-    let new = pin.with_file_name(format!("{event}_new"));
-    // Of a daemon that was killed just here.
-    let _ = fs::remove_file(&new);
-    link.pin(&new).context("cannot pin the link")?;
-    fs::rename(&new, pin).context("cannot replace the pinned link")?;
-    Ok(())
 }

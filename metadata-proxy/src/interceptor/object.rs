@@ -52,17 +52,29 @@ impl Pins {
         self.links.join(program)
     }
 
-    /// The guards of interfaces inside containers' namespaces, which are only guarded anew when the engine
-    /// has named the container: until then theirs stay.
-    fn adopt(&self, uplinks: &Path) {
-        for pin in fs::read_dir(uplinks).into_iter().flatten().flatten() {
-            let own = self.uplinks().join(pin.file_name());
+    /// Where a daemon with another layout has left a link to the same cgroup.
+    pub(super) fn earlier_link(&self, program: &str) -> Option<PathBuf> {
+        let links = self.links.file_name()?;
+        self.others().into_iter().map(|version| version.join(links).join(program)).find(|pin| pin.exists())
+    }
+
+    /// Takes over the guards of interfaces that daemons with another layout have left, to exchange their programs:
+    /// in containers' namespaces not before the engine has named the container.
+    pub(super) fn adopt_uplinks(&self) {
+        for pin in self.others().iter().flat_map(|version| list(&version.join("uplinks"))) {
+            let Some(name) = pin.file_name() else { continue };
+            let own = self.uplinks().join(name);
             if !own.exists()
-                && let Err(error) = fs::rename(pin.path(), &own)
+                && let Err(error) = fs::rename(&pin, &own)
             {
-                warn!("cannot keep {}: {error}", pin.path().display());
+                warn!("cannot keep {}: {error}", pin.display());
             }
         }
+    }
+
+    /// The directories of other layouts.
+    fn others(&self) -> Vec<PathBuf> {
+        list(&self.root).into_iter().filter(|version| *version != self.version).collect()
     }
 
     pub(super) fn uplinks(&self) -> PathBuf {
@@ -75,14 +87,9 @@ impl Pins {
 
     /// Removes what other layouts and attach points have left, now that ours are in place.
     pub(super) fn remove_stale(&self) {
-        let stale = |directory: &Path, keep: &[&Path]| {
-            let entries = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
-            entries.filter(|path| !keep.contains(&path.as_path())).collect::<Vec<_>>()
-        };
-        let mut paths = stale(&self.root, &[&self.version]);
-        paths.iter().for_each(|version| self.adopt(&version.join("uplinks")));
-        paths.extend(stale(&self.version, &[&self.links, &self.version.join("maps"), &self.uplinks()]));
-        for path in paths {
+        let keep = [&self.links, &self.version.join("maps"), &self.uplinks()];
+        let stale = list(&self.version).into_iter().filter(|path| !keep.contains(&path));
+        for path in self.others().into_iter().chain(stale) {
             match fs::remove_dir_all(&path) {
                 Ok(()) => info!("detached what an earlier version or --cgroup left in {}", path.display()),
                 Err(error) => warn!("cannot remove {}: {error}", path.display()),
@@ -112,6 +119,11 @@ pub(crate) async fn detach(bpffs: &Path) -> anyhow::Result<Vec<PathBuf>> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
         _ => Ok(removed),
     }
+}
+
+/// What is there, where it does not matter whether anything is.
+fn list(directory: &Path) -> Vec<PathBuf> {
+    entries(directory).unwrap_or_default()
 }
 
 fn entries(directory: &Path) -> io::Result<Vec<PathBuf>> {

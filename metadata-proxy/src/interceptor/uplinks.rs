@@ -73,6 +73,7 @@ impl Uplinks {
     /// Guards the host's uplinks; the future goes on with those that come and go.
     pub(crate) async fn guard_host(self: &Arc<Self>) -> anyhow::Result<impl Future<Output = Infallible> + use<>> {
         let mut place = Place { uplinks: Arc::clone(self), namespace: None, attached: Devices::new() };
+        self.pins.adopt_uplinks();
         let watch = place.watch().await?;
         // Now that no uplink depends on it.
         self.pins.remove_stale();

@@ -89,11 +89,19 @@ impl Scene {
     }
 
     /// The last of all: who is root on the host takes our programs off.
-    async fn detached(&self) -> Result<Vec<Row>> {
+    async fn detached(&mut self) -> Result<Vec<Row>> {
         let cgroup = self.host.machine().cgroup();
         let id = std::fs::metadata(cgroup).with_context(|| format!("finding {}", cgroup.display()))?.ino();
         let asked = self.probe(Place::Privileged, &format!("detach-links {id}")).await?;
         let mut rows = vec![self.row("BPF_LINK_DETACH from the cgroup", "privileged", Refused, asked)];
+        self.daemon()?.terminate(STOP).await?;
+        self.start_daemon().await?;
+        // What the detached programs let through before counts for nothing.
+        self.seen();
+        for place in [Place::Plain, Place::Host] {
+            let asked = self.probe(place, "connect").await?;
+            rows.push(self.row("after a restart: connect", place.name(), Ours(place.name()), asked));
+        }
         let mounts = format!("--mount=/proc/{}/ns/mnt", self.host.machine().holder());
         // The kernel takes them off in the background.
         let script = format!("nsenter {mounts} rm -r /sys/fs/bpf/metadata-proxy; sleep 0.5; exec {PROBE} connect");
