@@ -26,7 +26,10 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.line("kernel", kernel());
     table.line("capabilities", preflight::capabilities().map(|()| "all there".to_owned()));
     table.line("cgroup2", preflight::cgroup(config.cgroup.as_deref()).map(|path| path.display().to_string()));
-    table.line("bpffs", preflight::bpffs(&config.bpffs).map(|()| config.bpffs.display().to_string()));
+    table.line("host's processes", on_whole_host(config, preflight::host_processes));
+    table.line("host's network", on_whole_host(config, preflight::host_network));
+    let bpffs = preflight::bpffs(&config.bpffs, config.is_whole_host());
+    table.line("bpffs", bpffs.map(|()| config.bpffs.display().to_string()));
     table.line("tracefs", preflight::tracefs().map(|()| "mounted".to_owned()));
     table.line("network namespaces", netns::current_cookie().map(|cookie| format!("the host's has cookie {cookie}")));
     table.line("BPF programs", interceptor::try_load().map(|()| "the kernel accepts all of them".to_owned()));
@@ -64,6 +67,13 @@ fn configuration(config: &Config) -> String {
         1 => "1 rule".to_owned(),
         count => format!("{count} rules"),
     }
+}
+
+fn on_whole_host(config: &Config, look: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<String> {
+    if !config.is_whole_host() {
+        return Ok("not looked at, for --cgroup is given".to_owned());
+    }
+    look().map(|()| "in sight".to_owned())
 }
 
 fn kernel() -> anyhow::Result<String> {

@@ -76,7 +76,8 @@ pub(crate) struct Run {
     #[arg(long, env = "DOCKER_HOST", value_name = "URL")]
     pub(crate) docker_host: Option<String>,
 
-    /// Intercept below this cgroup only [default: the root of the cgroup2 hierarchy]
+    /// Intercept below this cgroup only, in whatever namespaces the daemon is [default: the root of the cgroup2
+    /// hierarchy, and the host's namespaces only]
     #[arg(long, env = "METADATA_PROXY_CGROUP", value_parser = path(), value_name = "PATH")]
     pub(crate) cgroup: Option<PathBuf>,
 

@@ -113,6 +113,11 @@ const DOCKER_HOST: &str = "unix:///var/run/docker.sock";
 const IMDS_ENDPOINT: &str = "http://169.254.169.254";
 
 impl Config {
+    /// Else for a part of it, such as a test has, whose namespaces may be other than the host's.
+    pub(crate) fn is_whole_host(&self) -> bool {
+        self.cgroup.is_none()
+    }
+
     pub(crate) fn resolve(run: Run) -> Result<Self, BadConfig> {
         let Some(path) = given_path(run.config.clone()) else { return Self::with_file(run, "", "") };
         let file_name = path.display().to_string();

@@ -1,6 +1,6 @@
 //! `metadata-proxy check` says what a host has, and what it lacks with the remedy.
 
-use std::process::Output;
+use std::process::{Command, Output};
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
@@ -9,11 +9,14 @@ use metadata_proxy_tests::{
 };
 
 fn check(host: &TestHost, arguments: &[&str]) -> Result<Output> {
+    let cgroup = host.machine().inner_cgroup().display().to_string();
+    check_by(host.command(program()?), host, &[&["--cgroup", &cgroup], arguments].concat())
+}
+
+fn check_by(mut command: Command, host: &TestHost, arguments: &[&str]) -> Result<Output> {
     let options = daemon_options();
     let socket = format!("unix://{}", host.engine().socket().display());
-    let program = program()?;
-    let mut command = host.command(program);
-    command.arg("check").arg("--cgroup").arg(host.machine().inner_cgroup()).envs(options.env);
+    command.arg("check").envs(options.env);
     if !arguments.contains(&"--docker-host") {
         command.args(["--docker-host", &socket]);
     }
@@ -32,7 +35,7 @@ async fn a_host_that_has_everything_passes() -> Result<()> {
     let _sts = stage::start_sts(&host)?;
     let output = check(&host, &[])?;
     ensure!(output.status.success(), "{output:?}");
-    ensure!(lines(&output, "ok").len() == 12 && lines(&output, "FAILED").is_empty(), "{output:?}");
+    ensure!(lines(&output, "ok").len() == 14 && lines(&output, "FAILED").is_empty(), "{output:?}");
     let text = String::from_utf8_lossy(&output.stdout);
     for expected in
         ["cgroup driver cgroupfs", "arn:aws:iam::111122223333:user/metadata-proxy", "this is i-0123456789abcdef0"]
@@ -87,5 +90,31 @@ async fn a_configuration_file_is_checked_off_the_host_and_without_privileges() -
     // The host is another matter.
     let host = check(right, &["--disable-upstream"])?;
     ensure!(host.status.code() == Some(1) && !lines(&host, "FAILED").is_empty(), "{host:?}");
+    Ok(())
+}
+
+/// The test's host is one in namespaces of its own, which is as good as a container without `--network=host`.
+#[tokio::test(flavor = "multi_thread")]
+async fn namespaces_that_are_not_the_hosts_are_named() -> Result<()> {
+    let host = TestHost::start().await?;
+    let bpffs = host.directory().join("bpf");
+    std::fs::create_dir(&bpffs)?;
+    let arguments = ["--bpffs", &bpffs.display().to_string()];
+    let failed = lines(&check_by(host.command(program()?), &host, &arguments)?, "FAILED");
+    for (name, remedy) in [("host's network", "--network=host"), ("bpffs", "On the host: mount -t bpf bpf")] {
+        let named = failed.iter().any(|line| line.contains(name) && line.contains(remedy));
+        ensure!(named, "no {name:?} with {remedy:?} in {failed:#?}");
+    }
+    ensure!(!failed.iter().any(|line| line.contains("host's processes")), "{failed:#?}");
+    let mounted = host.command("mountpoint").args(["-q", &bpffs.display().to_string()]).status()?;
+    ensure!(!mounted.success(), "it has mounted a bpffs all the same");
+
+    let mut command = host.command("unshare");
+    command.args(["--pid", "--fork", "--mount-proc"]).arg(program()?);
+    let failed = lines(&check_by(command, &host, &arguments)?, "FAILED");
+    for name in ["host's processes", "host's network"] {
+        let named = failed.iter().any(|line| line.contains(name) && line.contains("--pid=host"));
+        ensure!(named, "no {name:?} with --pid=host in {failed:#?}");
+    }
     Ok(())
 }

@@ -54,7 +54,11 @@ pub(super) async fn start(
     raise_file_limit();
     let cgroup = preflight::cgroup(config.cgroup.as_deref())?;
     let cgroup2 = preflight::cgroup2_mount()?;
-    preflight::bpffs(&config.bpffs)?;
+    if config.is_whole_host() {
+        preflight::host_processes()?;
+        preflight::host_network()?;
+    }
+    preflight::bpffs(&config.bpffs, config.is_whole_host())?;
     preflight::tracefs()?;
 
     let worker = netns::Worker::start()?;

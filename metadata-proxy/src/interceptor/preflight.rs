@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -51,7 +52,7 @@ pub(crate) fn cgroup(given: Option<&Path>) -> anyhow::Result<PathBuf> {
         return Ok(path.to_owned());
     }
     let mount = cgroup2_mount()?;
-    if fs::metadata(&mount).map(|root| std::os::unix::fs::MetadataExt::ino(&root)).ok() != Some(1) {
+    if fs::metadata(&mount).map(|root| root.ino()).ok() != Some(1) {
         bail!(
             "{} is not the host's root cgroup: the daemon sees only a part of the hierarchy. Run it in the host's cgroup namespace (docker run --cgroupns=host), or give --cgroup",
             mount.display()
@@ -77,11 +78,52 @@ fn cgroup2_mount_point(line: &str) -> Option<PathBuf> {
     mount.split(' ').nth(4).map(PathBuf::from)
 }
 
-/// Makes sure that there is a bpffs to pin in, as bpftool and Cilium do.
-pub(crate) fn bpffs(path: &Path) -> anyhow::Result<()> {
+/// The programs tell of processes by their ids in the host's initial namespace, and so does the engine.
+pub(crate) fn host_processes() -> anyhow::Result<()> {
+    // The same on every kernel since Linux 3.8 (`PROC_PID_INIT_INO`).
+    const INITIAL: u64 = 0xefff_fffc;
+    if namespace("self", "pid")?.ino() != INITIAL {
+        bail!(
+            "the daemon is in a process namespace of its own, and would take one process for another. Run it in the host's (docker run --pid=host)"
+        );
+    }
+    Ok(())
+}
+
+/// The namespace that we are in is taken for the host's, and its processes for the host's own.
+pub(crate) fn host_network() -> anyhow::Result<()> {
+    host_processes().context("whose network namespace this is cannot be told")?;
+    if !is_hosts("net")? {
+        bail!(
+            "the daemon is not in the host's network namespace, and would take its own for it. Run it there (docker run --network=host)"
+        );
+    }
+    Ok(())
+}
+
+/// Whether we are in the same namespace as the kernel's own threads, whose first is process 2: unlike the host's first
+/// process, it may be looked at everywhere.
+fn is_hosts(kind: &str) -> anyhow::Result<bool> {
+    Ok(namespace("self", kind)?.ino() == namespace("2", kind)?.ino())
+}
+
+fn namespace(process: &str, kind: &str) -> anyhow::Result<fs::Metadata> {
+    let path = format!("/proc/{process}/ns/{kind}");
+    fs::metadata(&path).with_context(|| format!("cannot look at {path}"))
+}
+
+/// Makes sure that there is a bpffs to pin in, as bpftool and Cilium do. Where the `whole_host` is ours, not in a mount
+/// namespace of our own: there it would end with us, and the interception with it.
+pub(crate) fn bpffs(path: &Path, whole_host: bool) -> anyhow::Result<()> {
     let magic = statfs(path).with_context(|| format!("--bpffs {}: no such directory", path.display()))?.f_type;
     if magic.cast_unsigned() == BPF_FS_MAGIC {
         return Ok(());
+    }
+    if whole_host && !is_hosts("mnt").unwrap_or(false) {
+        bail!(
+            "{0} is not a bpffs, and one mounted here would end with the daemon, and the interception with it. On the host: mount -t bpf bpf {0}; and give it to the daemon's container (docker run -v {0}:{0})",
+            path.display()
+        );
     }
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("bpf", path, "bpf", flags, Some(c"mode=0700")).with_context(|| {

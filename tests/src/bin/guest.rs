@@ -55,7 +55,26 @@ async fn tell(name: &str, test: impl Future<Output = Result<String>>) -> Result<
 }
 
 fn refuses(text: &str) -> Result<String> {
-    let output = Command::new(program()?).arg("run").stdin(Stdio::null()).output()?;
+    refuses_by(Command::new(program()?).arg("run"), text)
+}
+
+/// As in a container that was not given the host's. It is to attach to nothing.
+fn refuses_namespaces() -> Result<String> {
+    let mut said = Vec::new();
+    for (flags, bpffs, text) in [
+        ("-n", "/sys/fs/bpf", "--network=host"),
+        ("-pf", "/sys/fs/bpf", "--pid=host"),
+        ("-m", "/tmp", "On the host: mount -t bpf bpf /tmp"),
+    ] {
+        let mut command = Command::new("unshare");
+        said.push(refuses_by(command.arg(flags).arg(program()?).args(["run", "--bpffs", bpffs]), text)?);
+    }
+    ensure!(!std::path::Path::new(PINS).exists(), "{PINS} is there");
+    Ok(said.join("; "))
+}
+
+fn refuses_by(command: &mut Command, text: &str) -> Result<String> {
+    let output = command.stdin(Stdio::null()).output()?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let reason = said.lines().last().unwrap_or_default();
     ensure!(output.status.code() == Some(1), "{}: {said}", output.status);
@@ -69,6 +88,8 @@ async fn serves(cgroups: &str) -> Result<()> {
     let sts = stage::start_sts(&host)?;
     // Without this, all that follows would prove nothing.
     tell("without the daemon: the real service", leaks(&host, &imds, "before")).await?;
+
+    tell("in namespaces of its own: refused", async { refuses_namespaces() }).await?;
 
     let mut daemon = host.daemon(daemon_options())?;
     let ready = tell("attaches to the true root", attaches(&mut daemon)).await;
