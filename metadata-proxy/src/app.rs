@@ -4,6 +4,7 @@ mod interception;
 
 use std::{
     convert::Infallible,
+    os::unix::net::UnixStream,
     path::Path,
     sync::{Arc, RwLock},
     time::Duration,
@@ -77,14 +78,24 @@ fn runtime() -> anyhow::Result<Runtime> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")
 }
 
-pub(crate) fn detach(bpffs: &Path) -> anyhow::Result<()> {
-    let removed = runtime()?
-        .block_on(interceptor::detach(bpffs))
-        .with_context(|| format!("cannot detach from {}", bpffs.display()))?;
-    for pin in &removed {
-        eprintln!("removed {}", pin.display());
+pub(crate) fn detach(bpffs: &Path, socket: &Path) -> anyhow::Result<()> {
+    if UnixStream::connect(socket).is_ok() {
+        eprintln!(
+            "a daemon is running (it answers at {}): it serves nobody from now on, and guards devices that come; end it first",
+            socket.display()
+        );
     }
-    if removed.is_empty() {
+    let done = runtime()?.block_on(interceptor::detach(bpffs));
+    for what in &done.removed {
+        eprintln!("removed {what}");
+    }
+    for error in &done.failed {
+        eprintln!("{error:#}");
+    }
+    if !done.failed.is_empty() {
+        bail!("not everything could be removed from {} and the network devices", bpffs.display());
+    }
+    if done.removed.is_empty() {
         eprintln!("nothing is attached");
     }
     Ok(())

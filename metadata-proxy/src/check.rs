@@ -33,6 +33,7 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.line("tracefs", preflight::tracefs().map(|()| "mounted".to_owned()));
     table.line("network namespaces", netns::current_cookie().map(|cookie| format!("the host's has cookie {cookie}")));
     table.line("BPF programs", interceptor::try_load().map(|()| "the kernel accepts all of them".to_owned()));
+    table.line("uplinks", uplinks().await);
     table.line("exempt cgroups", exempt(config));
     table.line("Docker", docker(config).await);
     table.line("STS identity", identity(config).await);
@@ -85,6 +86,11 @@ fn kernel() -> anyhow::Result<String> {
     features::require()?;
     let name = rustix::system::uname();
     Ok(format!("{} {}", name.sysname().to_string_lossy(), name.release().to_string_lossy()))
+}
+
+async fn uplinks() -> anyhow::Result<String> {
+    let names = interceptor::uplinks_on_host().await?;
+    Ok(if names.is_empty() { interceptor::NO_UPLINKS.to_owned() } else { names.join(", ") })
 }
 
 fn exempt(config: &Config) -> anyhow::Result<String> {

@@ -58,6 +58,8 @@ pub(crate) enum Command {
     Detach {
         #[command(flatten)]
         bpffs: Bpffs,
+        #[command(flatten)]
+        socket: AdminSocket,
     },
 }
 

@@ -26,7 +26,7 @@ use tracing::warn;
 use crate::netns;
 
 pub(crate) use object::detach;
-pub(crate) use uplinks::Uplinks;
+pub(crate) use uplinks::{NONE as NO_UPLINKS, Uplinks, on_host as uplinks_on_host};
 
 /// What goes wrong between us and the kernel, for the reader.
 #[derive(Debug, thiserror::Error)]

@@ -59,7 +59,9 @@ pub fn main() -> ExitCode {
         },
         Command::Ps { socket, json } => app::ps(&socket.path(), json),
         Command::Explain { socket, container } => app::explain(&socket.path(), &container),
-        Command::Detach { bpffs } => app::detach(&bpffs.path.unwrap_or_else(|| config::BPFFS.into())),
+        Command::Detach { bpffs, socket } => {
+            app::detach(&bpffs.path.unwrap_or_else(|| config::BPFFS.into()), &socket.path())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -35,11 +35,14 @@ async fn a_host_that_has_everything_passes() -> Result<()> {
     let _sts = stage::start_sts(&host)?;
     let output = check(&host, &[])?;
     ensure!(output.status.success(), "{output:?}");
-    ensure!(lines(&output, "ok").len() == 14 && lines(&output, "FAILED").is_empty(), "{output:?}");
+    ensure!(lines(&output, "ok").len() == 15 && lines(&output, "FAILED").is_empty(), "{output:?}");
     let text = String::from_utf8_lossy(&output.stdout);
-    for expected in
-        ["cgroup driver cgroupfs", "arn:aws:iam::111122223333:user/metadata-proxy", "this is i-0123456789abcdef0"]
-    {
+    for expected in [
+        "cgroup driver cgroupfs",
+        "arn:aws:iam::111122223333:user/metadata-proxy",
+        "this is i-0123456789abcdef0",
+        "no uplink found",
+    ] {
         ensure!(text.contains(expected), "no {expected:?} in:\n{text}");
     }
     Ok(())

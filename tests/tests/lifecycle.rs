@@ -273,6 +273,7 @@ async fn detach_removes_everything_and_gives_the_real_service_back() -> Result<(
 
     let (code, said) = detach(&stage).await?;
     assert_eq!(code, Some(0), "{said}");
+    assert!(!said.contains("a daemon is running"), "{said}");
     for pin in ["imds_connect4", "imds_connect6", "imds_sock_ops", "imds_egress", "LISTENERS"] {
         let line = said.lines().find(|line| line.ends_with(pin));
         assert!(line.is_some_and(|line| line.starts_with("removed /sys/fs/bpf/metadata-proxy/")), "no {pin}: {said}");
@@ -292,6 +293,30 @@ async fn detach_removes_everything_and_gives_the_real_service_back() -> Result<(
     start_again(&mut stage).await?;
     assert_served(&containers).await?;
     stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn detach_removes_what_it_can_and_names_the_rest() -> Result<()> {
+    // The mount point of another cannot be removed.
+    const KEPT: &str = "/sys/fs/bpf/metadata-proxy/v1/links-busy";
+    let stage = Stage::start().await?;
+    let container = resident(&stage, "host", Network::Host).await?;
+    let mount = format!("mkdir {KEPT} && mount --bind {KEPT} {KEPT}");
+    assert!(stage.command("sh").args(["-c", &mount]).status()?.success(), "{mount}");
+    let (code, said) = detach(&stage).await?;
+    assert_eq!(code, Some(1), "{said}");
+    for words in [
+        "a daemon is running (it answers at /run/metadata-proxy/admin.sock)",
+        &format!("cannot remove {KEPT}: "),
+        "removed /sys/fs/bpf/metadata-proxy/v1/maps/SETTINGS",
+        "not everything could be removed",
+    ] {
+        assert!(said.contains(words), "no {words:?} in {said}");
+    }
+    assert_eq!(role_of(&container).await?, HOST_ROLE);
+    assert!(stage.command("umount").arg(KEPT).status()?.success());
+    assert_eq!(detach(&stage).await?.0, Some(0));
+    Ok(())
 }
 
 /// Counts the sockets of a process that listen on our address, in whatever network namespace: copies each of its

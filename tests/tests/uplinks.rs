@@ -269,6 +269,8 @@ async fn an_uplink_that_comes_later_is_guarded() -> Result<()> {
     let host = TestHost::start().await?;
     let mut daemon = host.daemon(daemon_options())?;
     daemon.wait_ready(Duration::from_secs(20)).await?;
+    // The engine has made a bridge, which is none.
+    ensure!(daemon.log()?.matches("no uplink found").count() == 1, "{}", daemon.log()?);
     run(host.command("ip").args(["link", "add", "late0", "type", "veth", "peer", "name", "late1"]))?;
     let guarded = |log: &str| log.contains("guarding uplink late0") && log.contains("guarding uplink late1");
     daemon.wait_for("the guard", Duration::from_secs(20), guarded).await?;

@@ -98,40 +98,50 @@ impl Pins {
     }
 }
 
-/// Detaches and removes everything, and says what; nothing there is nothing to do.
-pub(crate) async fn detach(bpffs: &Path) -> anyhow::Result<Vec<PathBuf>> {
+/// What has been removed, and what could not be.
+#[derive(Default)]
+pub(crate) struct Detached {
+    pub(crate) removed: Vec<String>,
+    pub(crate) failed: Vec<anyhow::Error>,
+}
+
+/// Detaches and removes all that can be; nothing there is nothing to do.
+pub(crate) async fn detach(bpffs: &Path) -> Detached {
+    let mut done = Detached::default();
+    uplinks::remove_filters(&mut done).await;
     let root = bpffs.join(DIRECTORY);
-    let mut removed = Vec::new();
-    uplinks::remove_filters().await?;
-    // Links before maps, so that no program ever runs on half of its maps.
-    for version in entries(&root)? {
-        let (maps, links): (Vec<_>, Vec<_>) = entries(&version)?.into_iter().partition(|path| path.ends_with("maps"));
-        for directory in links.into_iter().chain(maps) {
-            for pin in entries(&directory)? {
-                fs::remove_file(&pin)?;
-                removed.push(pin);
+    if root.try_exists().unwrap_or(true) {
+        done.remove_tree(&root);
+    }
+    done
+}
+
+impl Detached {
+    fn remove_tree(&mut self, directory: &Path) {
+        let mut inside = list(directory);
+        // Links before maps, so that no program ever runs on half of its maps.
+        inside.sort_by_key(|path| path.ends_with("maps"));
+        for path in inside {
+            if path.is_dir() {
+                self.remove_tree(&path);
+            } else if self.succeeds(&path, fs::remove_file(&path)) {
+                self.removed.push(path.display().to_string());
             }
-            fs::remove_dir(&directory)?;
         }
-        fs::remove_dir(&version)?;
+        self.succeeds(directory, fs::remove_dir(directory));
     }
-    match fs::remove_dir(&root) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
-        _ => Ok(removed),
+
+    fn succeeds(&mut self, path: &Path, result: io::Result<()>) -> bool {
+        let failed = result.err().map(|error| anyhow::anyhow!("cannot remove {}: {error}", path.display()));
+        let good = failed.is_none();
+        self.failed.extend(failed);
+        good
     }
 }
 
-/// What is there, where it does not matter whether anything is.
+/// What is there; nothing, where nothing can be seen.
 fn list(directory: &Path) -> Vec<PathBuf> {
-    entries(directory).unwrap_or_default()
-}
-
-fn entries(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    match fs::read_dir(directory) {
-        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
-    }
+    fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
 /// Without pins: nothing stays when it is dropped.

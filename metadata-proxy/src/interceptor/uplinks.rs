@@ -10,7 +10,7 @@ use std::{
     fmt,
     fs::{self, File},
     io,
-    os::fd::AsFd as _,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -22,7 +22,9 @@ use aya::{
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::FdLink,
-        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact, qdisc_detach_program},
+        tc::{
+            NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle, qdisc_add_clsact, qdisc_detach_program,
+        },
     },
 };
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
@@ -37,7 +39,10 @@ use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
-use super::{object::Pins, syscall};
+use super::{
+    object::{Detached, Pins},
+    syscall,
+};
 use crate::netns;
 
 pub(super) const PROGRAM: &str = "imds_uplink";
@@ -49,6 +54,10 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// the next daemon finds the filter to exchange its program.
 const PRIORITY: u16 = 1;
 const HANDLE: TcHandle = TcHandle::new(0, 0x6d70);
+
+/// Not a fault of a host that has none, but no protection of one whose uplink is of another kind.
+pub(crate) const NONE: &str =
+    "no uplink found (an Ethernet device that is no bridge): frames of packet sockets are stopped nowhere";
 
 type Message = (NetlinkMessage<RouteNetlinkMessage>, SocketAddr);
 /// Device names by interface index.
@@ -75,6 +84,9 @@ impl Uplinks {
         let mut place = Place { uplinks: Arc::clone(self), namespace: None, attached: Devices::new() };
         self.pins.adopt_uplinks();
         let watch = place.watch().await?;
+        if place.attached.is_empty() && !watch.troubled {
+            warn!("{NONE}; one that comes is guarded");
+        }
         // Now that no uplink depends on it.
         self.pins.remove_stale();
         Ok(async move { place.follow(Some(watch)).await })
@@ -255,18 +267,42 @@ impl Place {
     }
 }
 
+/// The names of the host's, sorted.
+pub(crate) async fn on_host() -> anyhow::Result<Vec<String>> {
+    let (connection, handle, _) = new_multicast_connection(&[])?;
+    let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+    let mut names: Vec<String> = list(&handle, true).await?.0.into_values().collect();
+    names.sort();
+    Ok(names)
+}
+
 /// Removes the filters that have no link, wherever they are; where there are none, there is nothing to do.
-pub(super) async fn remove_filters() -> anyhow::Result<()> {
-    let worker = netns::Worker::start()?;
+pub(super) async fn remove_filters(done: &mut Detached) {
+    let worker = match netns::Worker::start() {
+        Ok(worker) => worker,
+        Err(error) => return done.failed.push(error),
+    };
     for namespace in netns::all() {
-        let connect = || new_multicast_connection(&[]);
-        let namespace = Arc::new(namespace);
-        let (connection, handle, _) = worker.run_in(Some(Arc::clone(&namespace)), connect).await??;
-        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
-        for name in list(&handle, true).await?.0.into_values() {
-            let remove = move || qdisc_detach_program(&name, TcAttachType::Egress, PROGRAM);
-            // Most have none.
-            let _ = worker.run_in(Some(Arc::clone(&namespace)), remove).await?;
+        if let Err(error) = remove_filters_in(Arc::new(namespace), &worker, done).await {
+            done.failed.push(error.context("cannot look for filters in a network namespace"));
+        }
+    }
+}
+
+async fn remove_filters_in(namespace: Arc<File>, worker: &netns::Worker, done: &mut Detached) -> anyhow::Result<()> {
+    let inode = namespace.metadata()?.ino();
+    let connect = || new_multicast_connection(&[]);
+    let (connection, handle, _) = worker.run_in(Some(Arc::clone(&namespace)), connect).await??;
+    let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+    for name in list(&handle, true).await?.0.into_values() {
+        let filter = format!("the filter on {name} in network namespace {inode}");
+        let remove = move || qdisc_detach_program(&name, TcAttachType::Egress, PROGRAM);
+        match worker.run_in(Some(Arc::clone(&namespace)), remove).await? {
+            Ok(()) => done.removed.push(filter),
+            // Most have none; and some go meanwhile, with theirs.
+            Err(TcError::IoError(error))
+                if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV) => {}
+            Err(error) => done.failed.push(anyhow::Error::from(error).context(format!("cannot remove {filter}"))),
         }
     }
     Ok(())

@@ -264,11 +264,14 @@ async fn detach(stage: &mut Stage) -> Result<String> {
     let status = stage.daemon.terminate(Duration::from_secs(30)).await?;
     ensure!(status.success(), "after SIGTERM the daemon ended with {status}");
     let output = stage.command(program()?).arg("detach").output()?;
-    let removed = String::from_utf8_lossy(&output.stderr).lines().count();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
     text(output)?;
+    let filters = said.matches("removed the filter on up0").count();
+    ensure!(filters == usize::from(!stage.daemon.log()?.contains("by tcx links")), "{said}");
+    let removed = said.lines().count();
     ensure!(!std::path::Path::new(PINS).exists(), "{PINS} is still there");
     leaks(&stage.host, &stage.imds, "after").await?;
-    Ok(format!("{removed} pins removed"))
+    Ok(format!("{removed} pins and filters removed"))
 }
 
 fn text(output: Output) -> Result<String> {
