@@ -99,8 +99,10 @@ pub struct Wanted {
 /// What the `CGROUPS` map says of a cgroup and all below it; the deepest entry on a task's path counts.
 /// The processes of a container, intercepted in every network namespace.
 pub const CGROUP_CONTAINER: u32 = 1;
-/// Exempt by the operator: the real service is theirs.
+/// Exempt by the operator: the real service is theirs. By its path, which the next daemon is given, too.
 pub const CGROUP_EXEMPT: u32 = 2;
+/// The same by what the engine has told of the container. The next daemon leaves it so until it is told anew.
+pub const CGROUP_INSTANCE: u32 = 3;
 
 /// Indices of the `COUNTERS` map.
 #[repr(u32)]

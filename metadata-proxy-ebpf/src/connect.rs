@@ -12,8 +12,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use metadata_proxy_common::{
-    CGROUP_EXEMPT, CGROUP_LEVELS, Client, Counter, Flow, IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT, LISTENER_V4,
-    Settings, VERDICT_APPROVED, VERDICT_REDIRECTED,
+    CGROUP_EXEMPT, CGROUP_INSTANCE, CGROUP_LEVELS, Client, Counter, Flow, IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT,
+    LISTENER_V4, Settings, VERDICT_APPROVED, VERDICT_REDIRECTED,
 };
 
 use crate::{
@@ -100,7 +100,7 @@ fn imds(ctx: &SockAddrContext, addr: &bpf_sock_addr, address: [u32; 4]) -> Verdi
     };
     let flow = current_flow(ctx);
     let host = match kind_of_current() {
-        Some(CGROUP_EXEMPT) => true,
+        Some(CGROUP_EXEMPT | CGROUP_INSTANCE) => true,
         Some(_) => false,
         // In any other namespace it must be somebody's container, before anyone has told us.
         None => flow.netns == settings.host_netns,

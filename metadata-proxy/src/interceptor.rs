@@ -19,7 +19,9 @@ use std::{
 };
 
 use aya::maps::{Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf, SkStorage};
-use metadata_proxy_common::{CGROUP_CONTAINER, CGROUP_EXEMPT, Counter, Flow, LAYOUT_VERSION, Settings, Wanted};
+use metadata_proxy_common::{
+    CGROUP_CONTAINER, CGROUP_EXEMPT, CGROUP_INSTANCE, Counter, Flow, LAYOUT_VERSION, Settings, Wanted,
+};
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
@@ -154,6 +156,15 @@ impl Interceptor {
     /// Let this cgroup's connections through to the real service, in every network namespace.
     pub(crate) fn exempt(&self, cgroup: u64) -> Result<(), Error> {
         maps::lock(&self.cgroups).insert(cgroup, CGROUP_EXEMPT, 0).map_err(maps::error("CGROUPS"))
+    }
+
+    /// The same for that of a container, until somebody says otherwise.
+    pub(crate) fn give_instance(&self, cgroup: u64) -> Result<(), Error> {
+        maps::lock(&self.cgroups).insert(cgroup, CGROUP_INSTANCE, 0).map_err(maps::error("CGROUPS"))
+    }
+
+    pub(crate) fn has_instance(&self, cgroup: u64) -> bool {
+        maps::lock(&self.cgroups).get(&cgroup, 0).is_ok_and(|kind| kind == CGROUP_INSTANCE)
     }
 
     pub(crate) fn forget_cgroup(&self, cgroup: u64) {

@@ -121,7 +121,7 @@ impl Workloads {
 
     fn enact(&self, container: &Container, decision: Decision) -> Standing {
         let marked = match decision.verdict {
-            Verdict::Instance => self.interceptor.exempt(container.cgroup),
+            Verdict::Instance => self.interceptor.give_instance(container.cgroup),
             _ => self.interceptor.add_container(container.cgroup),
         };
         if let Err(error) = marked {

@@ -6,9 +6,9 @@ use std::{fs, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use bollard::models::HostConfig;
 use metadata_proxy_tests::{
-    host::{ContainerSpec, Network, TestHost},
+    host::{Container, ContainerSpec, Network, TestHost},
     imds::HOST_ROLE,
-    stage::{Stage, daemon_options, role_arn},
+    stage::{Stage, daemon_options, role_arn, with_config},
 };
 
 const ASK: &str = "/usr/bin/curl -sS --max-time 9 -w %{http_code} \
@@ -101,5 +101,33 @@ async fn an_exempt_cgroup_is_exempt_whenever_it_comes() -> Result<()> {
         ensure!(after == format!("{HOST_ROLE}200"), "exempt, but was answered {after}");
         ensure!(stage.command("rmdir").arg(&cgroup).status()?.success(), "rmdir");
     }
+    Ok(())
+}
+
+/// Its first daemon has been told by the engine; those after it not, or otherwise.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_keeps_the_real_service_over_a_restart_until_the_engine_tells_otherwise() -> Result<()> {
+    const EXEMPT: &str = "[exempt]\ncontainers = [\"agent\"]\n";
+    let mut stage = Stage::configured(daemon_options(), EXEMPT).await?;
+    let agent = stage.run(on_host_network("agent", "sleep 600")).await?;
+    let other = stage.run(on_host_network("other", "sleep 600")).await?;
+    let ask = async |container: &Container| container.exec(["/usr/bin/sh", "-c", ASK]).await;
+    ensure!(ask(&agent).await?.success()? == format!("{HOST_ROLE}200"));
+    ensure!(ask(&other).await?.success()? == "other200");
+
+    stage.daemon.terminate(Duration::from_secs(15)).await?;
+    let options = with_config(&stage.host, daemon_options(), EXEMPT)?;
+    stage.daemon = stage.host.daemon(options.arg("--docker-host").arg("unix:///nowhere.sock"))?;
+    let following = |log: &str| log.contains("cannot follow the engine");
+    stage.daemon.wait_for("its attempt", Duration::from_secs(20), following).await?;
+    let answer = ask(&agent).await?.success()?;
+    ensure!(answer == format!("{HOST_ROLE}200"), "without an engine the agent was answered {answer}");
+    let answer = ask(&other).await?.success()?;
+    ensure!(answer.ends_with("503"), "without an engine the other was answered {answer}");
+
+    let options = with_config(&stage.host, daemon_options(), "")?;
+    stage.replace_daemon(options).await?;
+    let answer = ask(&agent).await?.success()?;
+    ensure!(answer == "agent200", "no longer exempt, the agent was answered {answer}");
     Ok(())
 }

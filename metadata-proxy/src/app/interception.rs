@@ -96,10 +96,12 @@ fn know_cgroups(interceptor: &Interceptor, cgroup2: &Path) -> Result<(), interce
     for cgroup in known.into_iter().filter(|cgroup| !existing.contains(cgroup)) {
         interceptor.forget_cgroup(cgroup);
     }
-    for cgroup in existing {
-        interceptor.add_container(cgroup)?;
-    }
-    Ok(())
+    // Those that have the real service by what the engine has told keep it until the engine tells otherwise, for it may
+    // not be there, and agents are not to be refused with every restart.
+    existing
+        .into_iter()
+        .filter(|cgroup| !interceptor.has_instance(*cgroup))
+        .try_for_each(|cgroup| interceptor.add_container(cgroup))
 }
 
 /// One listener per namespace and some connections each: more than the customary 1024 descriptors.
