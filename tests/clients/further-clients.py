@@ -4,7 +4,9 @@ What speaks S3 only asks for the object `whoami`: the stand-in answers with the 
 """
 
 import asyncio
+import ctypes
 import importlib.metadata
+import importlib.resources
 import os
 import sys
 
@@ -95,6 +97,56 @@ def pyarrow():
     return s3(lambda: files.open_input_stream("bucket/whoami").read())
 
 
+def duckdb():
+    import duckdb
+
+    base = duckdb.connect()
+    # Else it goes on with what it has read, as long as the object's tag stays.
+    base.execute("SET enable_external_file_cache = false")
+    for name in ("httpfs", "aws"):
+        folder = importlib.resources.files(f"duckdb_extension_{name}") / "extensions" / f"v{duckdb.__version__}"
+        base.execute(f"LOAD '{folder / name}.duckdb_extension'")
+
+    def whoami():
+        base.execute(
+            "CREATE SECRET IF NOT EXISTS role (TYPE s3, PROVIDER credential_chain, REFRESH auto, "
+            f"REGION '{REGION}', ENDPOINT '{ADDRESS}', USE_SSL false, URL_STYLE 'path')"
+        )
+        return base.execute("SELECT content FROM read_blob('s3://bucket/whoami')").fetchone()[0]
+
+    return s3(whoami)
+
+
+def libgdal():
+    """The library by itself: fiona brings it along, and has no use for a file that is no map."""
+    (path,) = importlib.metadata.distribution("fiona").locate_file("fiona.libs").glob("libgdal*")
+    library = ctypes.CDLL(path)
+    library.GDALVersionInfo.restype = library.CPLGetLastErrorMsg.restype = ctypes.c_char_p
+    library.VSIFOpenL.restype = ctypes.c_void_p
+    library.VSIFReadL.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p]
+    library.VSIFReadL.restype = ctypes.c_size_t
+    library.VSIFCloseL.argtypes = [ctypes.c_void_p]
+    return library
+
+
+def gdal():
+    library = libgdal()
+    for name, value in [("AWS_S3_ENDPOINT", ADDRESS), ("AWS_HTTPS", "NO"), ("AWS_VIRTUAL_HOSTING", "FALSE")]:
+        library.CPLSetConfigOption(name.encode(), value.encode())
+
+    def whoami():
+        library.VSICurlClearCache()  # of what it has read
+        file = library.VSIFOpenL(b"/vsis3/bucket/whoami", b"rb")
+        if not file:
+            raise OSError(library.CPLGetLastErrorMsg().decode())
+        buffer = ctypes.create_string_buffer(1024)
+        length = library.VSIFReadL(buffer, 1, len(buffer), file)
+        library.VSIFCloseL(file)
+        return buffer.raw[:length]
+
+    return s3(whoami)
+
+
 def obstore():
     import obstore
     from obstore.store import S3Store
@@ -124,4 +176,5 @@ def minio():
 
 
 name = sys.argv[1]
-client.run(importlib.metadata.version(name), globals()[name.replace("-", "_")])
+version = libgdal().GDALVersionInfo(b"RELEASE_NAME").decode() if name == "gdal" else importlib.metadata.version(name)
+client.run(version, globals()[name.replace("-", "_")])

@@ -13,6 +13,7 @@ pub mod table;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
 
@@ -28,6 +29,8 @@ pub struct Client {
     words: &'static [&'static str],
     over: Over,
     pub life: Life,
+    /// Of its role sessions while it lives on, where those of a few seconds are too short for it.
+    pub(crate) session: Option<Duration>,
 }
 
 /// What its container is started over.
@@ -48,8 +51,9 @@ pub enum Life {
     LongByClock,
     /// The same, but it trusts its own clock about session tokens: when one is refused it asks for no other.
     LongTrusting,
-    /// Keeps credentials in a way that the tests' short lives of minutes cannot follow; how, is told.
-    TooLong(&'static str),
+    /// Asks again after minutes by its own clock, whatever the credentials say, and takes none that are past by it: its
+    /// clock runs as fast, but is days behind.
+    LongByPeriod,
 }
 
 /// Where the clients were installed; xtask knows.
@@ -181,7 +185,7 @@ impl Client {
         Invocation { argv, read_only, env, root }
     }
 
-    /// The environment in which its clock is ahead by what the file says.
+    /// The environment in which its clock is ahead, or behind, by what the file says.
     pub(crate) fn clock(self, programs: &Programs, file: &Path) -> Vec<(String, String)> {
         let library = match self.over {
             Over::Machine => programs.faketime(),

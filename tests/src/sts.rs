@@ -166,6 +166,11 @@ impl Sts {
         self.lock().lifetime = lifetime;
     }
 
+    /// The same for one role only, which then goes before [`Self::set_lifetime`].
+    pub fn set_role_lifetime(&self, role_arn: &str, lifetime: Duration) {
+        self.lock().role_lifetimes.insert(role_arn.to_owned(), lifetime);
+    }
+
     /// Goes down: open connections break and new ones are refused.
     pub fn stop_listening(&self) -> anyhow::Result<()> {
         self.server.pause()

@@ -1,16 +1,18 @@
 //! Every client that there is, and how it is called.
 
+use std::time::Duration;
+
 use super::{Client, Life, Over};
 
 /// botocore and what is made of it act as if credentials had 17 to 25 minutes left when they have less than 15.
 const BOTOCORE: Life = Life::LongByClock;
 
 const fn machine(name: &'static str, title: &'static str, words: &'static [&'static str], life: Life) -> Client {
-    Client { name, title, words, over: Over::Machine, life }
+    Client { name, title, words, over: Over::Machine, life, session: None }
 }
 
 const fn root(name: &'static str, title: &'static str, words: &'static [&'static str], life: Life) -> Client {
-    Client { name, title, words, over: Over::Root, life }
+    Client { name, title, words, over: Over::Root, life, session: None }
 }
 
 impl Client {
@@ -28,6 +30,10 @@ impl Client {
         Life::Long,
     );
     pub const AWS_CONFIG: Self = machine("aws-config", "AWS SDK for Rust", &["{aws-config}"], Life::LongByClock);
+
+    const fn with_sessions(self, session: Duration) -> Self {
+        Self { session: Some(session), ..self }
+    }
 
     /// The four, and those that come with a root file system of their own.
     pub fn every() -> impl Iterator<Item = Self> {
@@ -86,7 +92,9 @@ const FURTHER: &[Client] = &[
     js!("js-v2", "aws-sdk", "AWS SDK for JavaScript v2", Life::LongByClock),
     root("go-v1", "AWS SDK for Go v1", &["{further}/go/v1"], Life::Long),
     root("go-v2", "AWS SDK for Go v2", &["{further}/go/v2"], Life::Long),
-    root("ruby", "AWS SDK for Ruby", &["/usr/bin/ruby", "{scripts}/ruby-client.rb"], Life::LongByClock),
+    root("ruby", "AWS SDK for Ruby", &["/usr/bin/ruby", "{scripts}/ruby-clients.rb", "aws-sdk"], Life::LongByClock),
+    root("fog-aws", "fog-aws (Ruby)", &["/usr/bin/ruby", "{scripts}/ruby-clients.rb", "fog"], Life::Long),
+    root("vm-ec2", "VM::EC2 (Perl)", &["/usr/bin/perl", "{scripts}/perl-client.pl"], Life::Long),
     root(
         "php",
         "AsyncAws (PHP)",
@@ -104,7 +112,21 @@ const FURTHER: &[Client] = &[
     ),
     python!("awscrt", "AWS CRT (Python)", Life::Long),
     js!("aws-crt", "aws-crt", "AWS CRT (JavaScript)", Life::Long),
-    python!("pyarrow", "AWS SDK for C++ (in pyarrow)", Life::TooLong("does not ask again within these minutes")),
+    python!("pyarrow", "AWS SDK for C++ (in pyarrow)", Life::LongByPeriod),
+    python!("duckdb", "DuckDB (SDK for C++)", Life::Long),
+    root(
+        "gdal",
+        "GDAL (in fiona)",
+        &[
+            "/usr/bin/env",
+            "PYTHONPATH={further}/python",
+            "LD_LIBRARY_PATH={further}/python/fiona.libs",
+            "/usr/bin/python3",
+            "{scripts}/further-clients.py",
+            "gdal",
+        ],
+        Life::Long,
+    ),
     root(
         "java",
         "Java's HttpURLConnection",
@@ -117,7 +139,8 @@ const FURTHER: &[Client] = &[
     python!("minio", "MinIO's client for Python", Life::Long),
     root("minio-go", "MinIO's client for Go", &["{further}/go/minio"], Life::Long),
     python!("obstore", "object_store (Rust)", Life::Long),
-    python!("opendal", "OpenDAL (Rust)", Life::TooLong("takes no credentials that live as short as here")),
+    // It signs with nothing that has less than 10 seconds left.
+    python!("opendal", "OpenDAL (Rust)", Life::LongTrusting).with_sessions(Duration::from_secs(30)),
     tool!("rclone", "rclone (SDK for Go v2)", "{further}/python/bin/rclone"),
     tool!("s5cmd", "s5cmd (SDK for Go v1)", "{further}/python/s5cmd/bin/s5cmd"),
     tool!("s3cmd", "s3cmd", "/usr/bin/s3cmd"),

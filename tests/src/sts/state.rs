@@ -26,6 +26,7 @@ pub(super) struct State {
     pub(super) fault: Option<Fault>,
     pub(super) role_faults: HashMap<String, Fault>,
     pub(super) lifetime: Option<Duration>,
+    pub(super) role_lifetimes: HashMap<String, Duration>,
 }
 
 impl State {
@@ -122,8 +123,10 @@ impl State {
         match call.action.as_str() {
             "AssumeRole" => {
                 let request = AssumeRole::parse(&call.parameters)?;
+                let role = call.parameters.get("RoleArn").map(String::as_str).unwrap_or_default();
+                let lifetime = self.role_lifetimes.get(role).copied().or(self.lifetime);
                 let issued = request
-                    .issue(self.issued.len() as u64 + 1, self.lifetime)
+                    .issue(self.issued.len() as u64 + 1, lifetime)
                     .ok_or_else(|| self.denied(call, "sts:AssumeRole"))?;
                 let (key, xml) = (issued.access_key.clone(), issued.xml());
                 self.issued.insert(key.clone(), issued);

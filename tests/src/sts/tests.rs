@@ -68,7 +68,12 @@ async fn credentials_expire_when_a_test_wants_them_to() {
     let sts = start();
     sts.set_lifetime(Some(Duration::from_millis(200)));
     let credentials = assume(&base(&sts), WEB).await.unwrap();
+    sts.set_role_lifetime(WEB, Duration::from_secs(60));
+    let lasting = assume(&base(&sts), WEB).await.unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;
+    let (key, secret) = (lasting.access_key_id(), lasting.secret_access_key());
+    let own = client(&sts, key, secret, Some(lasting.session_token().to_owned()));
+    own.get_caller_identity().send().await.unwrap();
     let (key, secret) = (credentials.access_key_id(), credentials.secret_access_key());
     let own = client(&sts, key, secret, Some(credentials.session_token().to_owned()));
     let error = own.get_caller_identity().send().await.unwrap_err();

@@ -16,12 +16,15 @@ use super::{Cache, announce, apt, find, quietly};
 const RELEASE: &str = "trixie";
 /// The Python of that release.
 const PYTHON: &str = "3.13";
-const PACKAGES: [&str; 15] = [
+const PACKAGES: [&str; 18] = [
     "awscli", // version 2, on Debian's build of the CRT
     "coreutils",
     "curl",
     "dash",
+    // So that VM::EC2 can ask an STS of today who it is.
+    "libaws-signature4-perl",
     "libfaketime", // shortens the clock where a client will not believe in short-lived credentials
+    "libvm-ec2-security-credentialcache-perl",
     "nodejs",
     "openjdk-21-jre-headless",
     "php-async-aws-core",
@@ -29,6 +32,7 @@ const PACKAGES: [&str; 15] = [
     "php-curl",
     "php-xml",
     "ruby-aws-sdk-core",
+    "ruby-fog-aws",
     "s3cmd",
     "sed",
     "python3",
