@@ -7,6 +7,7 @@
 //! at all is proven too: each was tried before the daemon was started.
 
 mod disruption;
+mod elsewhere;
 mod scenarios;
 mod scene;
 mod table;
@@ -18,6 +19,7 @@ use anyhow::Result;
 use serde::Deserialize;
 
 use crate::imds::HOST_ROLE;
+pub use elsewhere::run_on;
 use scene::Scene;
 
 /// What must come of a way.

@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use metadata_proxy_tests::{
+    bypass,
     clients::{Client, Programs},
     host::{Container, ContainerSpec, Daemon, Network, TestHost, program},
     imds::{HOST_ROLE, Imds},
@@ -22,6 +23,8 @@ use tokio::time::timeout;
 
 /// For each test; an emulated processor is slow.
 const LIMIT: Duration = Duration::from_secs(120);
+/// For the one that is many.
+const LONG_LIMIT: Duration = Duration::from_secs(900);
 const PINS: &str = "/sys/fs/bpf/metadata-proxy";
 const ROLES: &str = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
 
@@ -45,7 +48,11 @@ async fn main() -> ExitCode {
 
 /// Runs one test and prints its line.
 async fn tell(name: &str, test: impl Future<Output = Result<String>>) -> Result<()> {
-    let result = timeout(LIMIT, test).await.unwrap_or_else(|_| Err(anyhow::anyhow!("not done after {LIMIT:?}")));
+    tell_within(LIMIT, name, test).await
+}
+
+async fn tell_within(limit: Duration, name: &str, test: impl Future<Output = Result<String>>) -> Result<()> {
+    let result = timeout(limit, test).await.unwrap_or_else(|_| Err(anyhow::anyhow!("not done after {limit:?}")));
     let (word, seen) = match &result {
         Ok(seen) => ("ok", seen.clone()),
         Err(error) => ("FAILED", format!("{error:#}").replace(['\n', '\t'], " ")),
@@ -118,6 +125,7 @@ async fn tests(stage: &mut Stage, cgroups: &str) -> Result<()> {
     results.push(tell("the uplink: guarded", uplink(stage)).await);
     results.push(tell("a host process: the real service", async { host_process(stage) }).await);
     results.push(tell("ping: dropped by the guard", ping(stage)).await);
+    results.push(tell_within(LONG_LIMIT, "the ways around us: none leads there", ways(stage)).await);
     results.push(tell("daemon killed: nothing gets through", killed(stage)).await);
     results.push(tell("daemon back: its own role", back(stage)).await);
     results.push(tell("detach: as if it had never been", detach(stage)).await);
@@ -231,6 +239,14 @@ async fn ping(stage: &Stage) -> Result<String> {
     let status = asked_to_ping(stage, "ping").await?;
     ensure!(status == 1, "ping ended with {status}");
     Ok("no answer".to_owned())
+}
+
+/// Those of the bypass matrix that need no other host.
+async fn ways(stage: &Stage) -> Result<String> {
+    let rows = bypass::run_on(stage).await?;
+    let (text, good) = bypass::print(&rows);
+    ensure!(good, "{text}");
+    Ok(format!("{} ways", rows.len()))
 }
 
 /// SIGKILL: the containers that run and those that come get errors.

@@ -88,44 +88,13 @@ impl Scene {
     }
 
     async fn start(&self, place: Place) -> Result<Container> {
-        let mut spec = self.spec(place.name(), ["sleep", "600"]);
-        let options = &mut spec.host_config;
-        let words = |word: &str| Some(vec![word.to_owned()]);
-        match place {
-            Place::Plain => {}
-            Place::Unconfined => options.security_opt = words("seccomp=unconfined"),
-            Place::NetAdmin => options.cap_add = words("NET_ADMIN"),
-            Place::Privileged => privileged(options),
-            Place::Host => spec.network = Network::Host,
-            Place::HostPrivileged => {
-                privileged(options);
-                spec.network = Network::Host;
-            }
-            Place::V6 => spec.network = Network::Named(V6_NETWORK.into()),
-            Place::Macvlan => spec.network = Network::Named(MACVLAN.into()),
-            Place::None => spec.network = Network::None,
-            Place::Pod => {}
-            Place::Side => spec.network = Network::Container(Place::Pod.name().into()),
-            Place::PidHost => options.pid_mode = Some("host".into()),
-            Place::UsernsHost => options.userns_mode = Some("host".into()),
-            Place::CgroupnsHost => options.cgroupns_mode = Some(HostConfigCgroupnsModeEnum::HOST),
-            Place::FewPorts => {
-                let range = ("net.ipv4.ip_local_port_range".to_owned(), "40000 40003".to_owned());
-                options.sysctls = Some(HashMap::from([range]));
-                options.cap_add = words("NET_ADMIN");
-            }
-        }
-        self.host.run(spec).await
+        self.host.run(place.furnish(self.spec(place.name(), ["sleep", "600"]))).await
     }
 
     /// A container with the probe in it and a role of its name.
     pub(super) fn spec<S: Into<String>>(&self, name: &str, cmd: impl IntoIterator<Item = S>) -> ContainerSpec {
-        ContainerSpec { host_config: HostConfig::default(), ..ContainerSpec::on_host(name, cmd) }
-            .bind(format!("{}:{PROBE}:ro", self.probe.display()))
-            .bind(format!("{}:{SHARE}", self.share.display()))
-            .label("metadata-proxy.role", &role_arn(name))
+        spec(&self.probe, name, cmd).bind(format!("{}:{SHARE}", self.share.display()))
     }
-
     pub(super) fn container(&self, place: Place) -> Result<&Container> {
         self.containers.get(place.name()).with_context(|| format!("there is no container {}", place.name()))
     }
@@ -215,6 +184,46 @@ impl Scene {
     }
 }
 
+/// A container with the probe in it and a role of its name.
+pub(super) fn spec<S: Into<String>>(probe: &Path, name: &str, cmd: impl IntoIterator<Item = S>) -> ContainerSpec {
+    ContainerSpec { host_config: HostConfig::default(), ..ContainerSpec::on_host(name, cmd) }
+        .bind(format!("{}:{PROBE}:ro", probe.display()))
+        .label("metadata-proxy.role", &role_arn(name))
+}
+
+impl Place {
+    /// Makes of a container what this place is.
+    pub(super) fn furnish(self, mut spec: ContainerSpec) -> ContainerSpec {
+        let options = &mut spec.host_config;
+        let words = |word: &str| Some(vec![word.to_owned()]);
+        match self {
+            Self::Plain => {}
+            Self::Unconfined => options.security_opt = words("seccomp=unconfined"),
+            Self::NetAdmin => options.cap_add = words("NET_ADMIN"),
+            Self::Privileged => privileged(options),
+            Self::Host => spec.network = Network::Host,
+            Self::HostPrivileged => {
+                privileged(options);
+                spec.network = Network::Host;
+            }
+            Self::V6 => spec.network = Network::Named(V6_NETWORK.into()),
+            Self::Macvlan => spec.network = Network::Named(MACVLAN.into()),
+            Self::None => spec.network = Network::None,
+            Self::Pod => {}
+            Self::Side => spec.network = Network::Container(Self::Pod.name().into()),
+            Self::PidHost => options.pid_mode = Some("host".into()),
+            Self::UsernsHost => options.userns_mode = Some("host".into()),
+            Self::CgroupnsHost => options.cgroupns_mode = Some(HostConfigCgroupnsModeEnum::HOST),
+            Self::FewPorts => {
+                let range = ("net.ipv4.ip_local_port_range".to_owned(), "40000 40003".to_owned());
+                options.sysctls = Some(HashMap::from([range]));
+                options.cap_add = words("NET_ADMIN");
+            }
+        }
+        spec
+    }
+}
+
 /// What `--privileged` gives to a program that wants around us. The flag itself asks for every
 /// capability there is, and CAP_SYS_RESOURCE not every machine's root can give.
 pub(super) fn privileged(options: &mut HostConfig) {
@@ -276,7 +285,7 @@ async fn create_macvlan(host: &TestHost) -> Result<()> {
 }
 
 /// Beside the running program, or one directory up from a test.
-fn probe() -> Result<PathBuf> {
+pub(super) fn probe() -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding the running program")?;
     let mut directories = own.ancestors().skip(1).take(2).map(|directory: &Path| directory.join("probe"));
     directories.find(|probe| probe.is_file()).context("probe is not built: cargo build -p metadata-proxy-tests --bins")
