@@ -184,3 +184,34 @@ pub(super) fn follow_log(object: &mut Ebpf) {
 fn pin_error(path: &Path) -> impl Fn(io::Error) -> Error {
     move |source| Error::Pin { path: path.to_owned(), source }
 }
+
+#[cfg(test)]
+mod tests {
+    use metadata_proxy_common::LAYOUT_VERSION;
+
+    use super::*;
+
+    /// A pinned map is taken as it is: nothing else tells that it is a daemon's with another layout.
+    #[test]
+    fn maps_change_only_with_the_layout_version() {
+        // Name, type, size of the key and of the value in bytes, entries, flags.
+        let of_version_1 = [
+            ("SETTINGS", 2, 4, 16, 1, 0),
+            ("CGROUPS", 1, 8, 4, 16384, 0),
+            ("NESTED", 1, 8, 4, 4096, 0),
+            ("LISTENERS", 1, 8, 4, 16384, 0),
+            ("OURS", 24, 4, 4, 0, 1),
+            ("FLOWS", 9, 16, 88, 16384, 0),
+            ("WANTED", 27, 0, 0, 65536, 0),
+            ("COUNTERS", 6, 4, 8, 9, 0),
+            ("CLIENTS", 24, 4, 112, 0, 1),
+            ("ACCEPTED", 24, 4, 88, 0, 1),
+        ];
+        let object = aya_obj::Object::parse(OBJECT).unwrap();
+        let maps = MAPS.map(|name| {
+            let map = &object.maps[name];
+            (name, map.map_type(), map.key_size(), map.value_size(), map.max_entries(), map.map_flags())
+        });
+        assert_eq!((LAYOUT_VERSION, maps), (1, of_version_1), "the maps have changed: raise LAYOUT_VERSION");
+    }
+}
