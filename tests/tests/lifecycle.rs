@@ -359,7 +359,7 @@ async fn no_listener_keeps_the_network_of_a_dead_container_alive() -> Result<()>
     let stage = Stage::start().await?;
     let is = |count: u32| {
         let stage = &stage;
-        within(Duration::from_secs(2), "the number of listeners", move || async move { Ok(listeners(stage)? == count) })
+        within(Duration::from_secs(20), "the number of listeners", move || async move { Ok(listeners(stage)? == count) })
     };
     is(0).await?;
     let bridge = resident(&stage, "bridge", Network::Default).await?;
@@ -375,7 +375,7 @@ async fn no_listener_keeps_the_network_of_a_dead_container_alive() -> Result<()>
 
     bridge.stop().await?;
     is(1).await?;
-    within(Duration::from_secs(2), "the end of the interface", || async { Ok(links(&stage)? == 1) }).await?;
+    within(Duration::from_secs(20), "the end of the interface", || async { Ok(links(&stage)? == 1) }).await?;
 
     // One of two in a namespace: the other is served as before.
     pod.stop().await?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
     host::ContainerSpec,
-    stage::{Stage, role_arn},
+    stage::{Stage, daemon_options, role_arn},
     talk::{Part, Plan, ask, assert_nothing_upstream, assert_reveals_nothing, converse, head, resident, talk, web},
 };
 
@@ -319,13 +319,10 @@ def answered(sock):
         return sock.recv(65536).startswith(b"HTTP/1.1 200")
     except OSError:
         return False
-begin = time.monotonic()
 socks = [connect() for _ in range(300)]
 served = [answered(sock) for sock in socks]
-took = time.monotonic() - begin
 print("served", sum(served), "closed", served.count(False), flush=True)
-assert took < 1.8, took # or the first would have been closed for being idle
-time.sleep(1)
+time.sleep(6)
 for sock in socks:
     sock.close()
 time.sleep(0.3)
@@ -334,7 +331,8 @@ print("afterwards", answered(connect()))
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_with_too_many_connections_harms_only_itself() -> Result<()> {
-    let stage = Stage::start().await?;
+    // Long enough that none is closed for being idle.
+    let stage = Stage::configured(daemon_options(), "[limits]\nhead-timeout = '60s'\n").await?;
     let api = resident(&stage, "api", Some(role_arn("api"))).await?;
     let crowd = ContainerSpec::on_host("crowd", ["/usr/bin/python3", "-c", CROWD])
         .label("metadata-proxy.role", &role_arn("crowd"));
