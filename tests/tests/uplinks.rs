@@ -21,6 +21,11 @@ fn pins(host: &TestHost) -> Result<Vec<String>> {
     Ok(String::from_utf8(listed.stdout)?.lines().map(str::to_owned).collect())
 }
 
+fn index_of(host: &TestHost, device: &str) -> Result<String> {
+    let shown = host.command("ip").args(["-o", "link", "show", device]).output()?;
+    Ok(String::from_utf8(shown.stdout)?.split(':').next().unwrap_or_default().to_owned())
+}
+
 /// Writes ten frames with a UDP packet for the address: if asked with VLAN tags of priority only, or from a ring, whose
 /// frames lie in pages that a program cannot read before it has them pulled.
 const FRAMES: &str = r#"
@@ -280,8 +285,7 @@ async fn an_uplink_that_comes_later_is_guarded() -> Result<()> {
     daemon.wait_for("the guard of its successor", Duration::from_secs(20), again).await?;
 
     // As the engine does with the host's end of a container's link: then it leads nowhere by itself.
-    let shown = host.command("ip").args(["-o", "link", "show", "late1"]).output()?;
-    let index = String::from_utf8(shown.stdout)?.split(':').next().unwrap_or_default().to_owned();
+    let index = index_of(&host, "late1")?;
     ensure!(pins(&host)?.contains(&index), "{index} is not among {:?}", pins(&host)?);
     run(host.command("ip").args(["link", "add", "bridge9", "type", "bridge"]))?;
     run(host.command("ip").args(["link", "set", "late1", "master", "bridge9"]))?;
@@ -292,4 +296,26 @@ async fn an_uplink_that_comes_later_is_guarded() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     anyhow::bail!("{index} is still among {:?}", pins(&host)?)
+}
+
+/// A device that moves into a container takes its guard along, and leaves its index to whatever comes by it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_with_the_index_of_one_that_has_moved_is_guarded_like_any_other() -> Result<()> {
+    let host = TestHost::start().await?;
+    let container = host.run(ContainerSpec::resident("task").network(Network::None)).await?;
+    let mut daemon = host.daemon(daemon_options())?;
+    daemon.wait_ready(Duration::from_secs(20)).await?;
+    let moved = Interface::make(&host, "eni1").await?;
+    daemon.wait_for("the guard", Duration::from_secs(20), |log| log.contains("guarding uplink eni1\n")).await?;
+    let index = index_of(&host, "eni1")?;
+    moved.give_to(&host, &container).await?;
+
+    run(host.command("ip").args(["link", "add", "new0", "index", &index, "type", "veth", "peer", "name", "new1"]))?;
+    run(host.command("ip").args(["link", "set", "new0", "up"]))?;
+    daemon.wait_for("the guard", Duration::from_secs(20), |log| log.contains("guarding uplink new0\n")).await?;
+    let probe = std::env::current_exe()?.ancestors().nth(2).map(|debug| debug.join("probe"));
+    let said = host.command(probe.unwrap_or_default()).args(["frame-blind", "new0"]).output()?;
+    ensure!(String::from_utf8_lossy(&said.stdout).contains("sendto: ENOBUFS"), "a frame leaves by new0: {said:?}");
+    ensure!(moved.try_from(&container).await? == 0, "frames leave by the device that has moved");
+    Ok(())
 }

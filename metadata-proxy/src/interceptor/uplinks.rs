@@ -11,6 +11,7 @@ use std::{
     fs::{self, File},
     io,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::Path,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -109,11 +110,14 @@ impl Uplinks {
         if pin.exists() {
             let link = syscall::open_pin(&pin).context("cannot open the pinned link")?;
             match syscall::update_link(link.as_fd(), program.fd()?.as_fd()) {
-                Ok(()) => return Ok(()),
-                // The index has gone to another device.
-                Err(error) => debug!("{}: {error}", pin.display()),
+                Ok(()) if is_on(name, program)? => return Ok(()),
+                // The device has gone to another namespace with its link, and its index here to another device.
+                Ok(()) => keep_aside(&pin).context("cannot rename the pin of a device that has moved")?,
+                Err(error) => {
+                    debug!("{}: {error}", pin.display());
+                    fs::remove_file(&pin).context("cannot remove the pin of a device that is gone")?;
+                }
             }
-            fs::remove_file(&pin).context("cannot remove the pin of a device that is gone")?;
         }
         let options = TcAttachOptions::TcxOrder(LinkOrder::default());
         let id = match program.attach_with_options(name, TcAttachType::Egress, options) {
@@ -139,6 +143,22 @@ impl Uplinks {
             }
         }
     }
+}
+
+/// Whether the program runs on this device.
+fn is_on(name: &str, program: &SchedClassifier) -> anyhow::Result<bool> {
+    let own = program.info()?.id();
+    let (_, programs) = SchedClassifier::query_tcx(name, TcAttachType::Egress)?;
+    Ok(programs.iter().any(|program| program.id() == own))
+}
+
+/// By a name that is no device's; it goes when its device does.
+fn keep_aside(pin: &Path) -> io::Result<()> {
+    let mut aside = pin.as_os_str().to_owned();
+    while Path::new(&aside).exists() {
+        aside.push("_moved");
+    }
+    fs::rename(pin, aside)
 }
 
 /// Exchanges the program of a filter that is there, or adds one, which has no link to pin.
