@@ -107,5 +107,7 @@ async function main() {
   }
 }
 
+// Version 3 renews ahead of time by a promise that nobody waits for; when that fails, it ends a program that does not listen.
+process.on("unhandledRejection", (error) => tell("error", describe(error)));
 setInterval(() => {}, 1000);
 main().then(() => process.exit());

@@ -27,7 +27,8 @@ impl Client {
         "js",
         "AWS SDK for JavaScript v3",
         &["/usr/bin/env", "NODE_PATH={js}/node_modules", "{node}", "{scripts}/js-clients.cjs", "js"],
-        Life::Long,
+        // It goes on for minutes with what has ended before it came, which happens on a busy machine.
+        Life::LongByClock,
     );
     pub const AWS_CONFIG: Self = machine("aws-config", "AWS SDK for Rust", &["{aws-config}"], Life::LongByClock);
 
