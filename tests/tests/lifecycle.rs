@@ -359,7 +359,11 @@ async fn no_listener_keeps_the_network_of_a_dead_container_alive() -> Result<()>
     let stage = Stage::start().await?;
     let is = |count: u32| {
         let stage = &stage;
-        within(Duration::from_secs(20), "the number of listeners", move || async move { Ok(listeners(stage)? == count) })
+        within(
+            Duration::from_secs(20),
+            "the number of listeners",
+            move || async move { Ok(listeners(stage)? == count) },
+        )
     };
     is(0).await?;
     let bridge = resident(&stage, "bridge", Network::Default).await?;
