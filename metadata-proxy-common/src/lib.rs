@@ -7,7 +7,7 @@
 
 /// Raised whenever a layout in this file changes. Pinned maps live in a directory of this version,
 /// because nothing checks the layout of a map that is opened by its pin.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// The IPv4 address of IMDS, 169.254.169.254, as it stands in a packet.
 pub const IMDS_V4: u32 = u32::from_ne_bytes([169, 254, 169, 254]);
@@ -76,6 +76,9 @@ pub const VERDICT_REDIRECTED: u32 = 1;
 pub const VERDICT_APPROVED: u32 = 2;
 
 /// Finds the flow of a connection between its SYN and its acceptance.
+///
+/// Two sockets in a network namespace that containers share can have the same port for a while: the kernel lets one that
+/// is bound to a device have that of another. But each chooses a sequence number, which both ends of a connection know.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowKey {
@@ -84,6 +87,9 @@ pub struct FlowKey {
     pub address: u32,
     /// Source port, host order.
     pub port: u32,
+    /// Of its SYN.
+    pub sequence: u32,
+    pub pad: u32,
 }
 
 /// A container wants to talk and its network namespace has no listener yet.

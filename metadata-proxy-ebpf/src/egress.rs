@@ -81,7 +81,8 @@ fn to_listener(skb: &__sk_buff) -> bool {
     if client.verdict != VERDICT_REDIRECTED || load::<u8>(skb, 0) != Some(PLAIN_IPV4) {
         return false;
     }
-    let (Some(source), Some(port), Some(flags)) = (load::<u32>(skb, 12), load::<u16>(skb, 22), load::<u8>(skb, 33))
+    let (Some(source), Some(port), Some(sequence), Some(flags)) =
+        (load::<u32>(skb, 12), load::<u16>(skb, 22), load::<u32>(skb, 24), load::<u8>(skb, 33))
     else {
         return false;
     };
@@ -95,7 +96,8 @@ fn to_listener(skb: &__sk_buff) -> bool {
     }
     // Here and not at connect time: the source port is known only now, and on loopback the handshake
     // completes before this call returns.
-    let key = FlowKey { netns: client.flow.netns, address: source, port: skb.local_port };
+    let sequence = u32::from_be(sequence);
+    let key = FlowKey { netns: client.flow.netns, address: source, port: skb.local_port, sequence, pad: 0 };
     FLOWS.insert(&key, &client.flow, 0).is_ok()
 }
 

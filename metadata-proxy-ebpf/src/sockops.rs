@@ -42,9 +42,11 @@ fn hand_over(ctx: &SockOpsContext, ops: &bpf_sock_ops) {
     }
     // SAFETY: reads the context's own socket.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    let key = FlowKey { netns, address: ops.remote_ip4, port: u32::from_be(ops.remote_port) };
+    // Nothing has been received yet but the SYN.
+    let sequence = ops.rcv_nxt.wrapping_sub(1);
+    let key = FlowKey { netns, address: ops.remote_ip4, port: u32::from_be(ops.remote_port), sequence, pad: 0 };
     // SAFETY: `sk` of the context, checked before use. A copy of the flow is taken at once; only the
-    // socket that owns the source port could have overwritten it.
+    // socket that has sent the SYN could have overwritten it.
     unsafe {
         let sk = ops.__bindgen_anon_2.sk;
         if sk.is_null() {

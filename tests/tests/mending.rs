@@ -45,16 +45,16 @@ async fn whatever_is_left_of_the_pins_the_next_daemon_mends() -> Result<()> {
     each_has_its_role(&stage, &containers, "the first start").await?;
     for left in [
         // A start that was cut short before its last links, or a detach after its first.
-        "rm v1/links-*/imds_connect6 v1/links-*/imds_connect4",
-        "rm v1/links-*/imds_getpeername* v1/links-*/imds_sock_ops",
-        "rm v1/links-*/imds_cgroup_made",
-        "rm v1/links-*/*",
+        "rm v2/links-*/imds_connect6 v2/links-*/imds_connect4",
+        "rm v2/links-*/imds_getpeername* v2/links-*/imds_sock_ops",
+        "rm v2/links-*/imds_cgroup_made",
+        "rm v2/links-*/*",
         // Maps that a detach has removed and others that it has not.
-        "rm v1/maps/FLOWS v1/maps/CLIENTS",
-        "rm v1/links-*/* v1/maps/*",
+        "rm v2/maps/FLOWS v2/maps/CLIENTS",
+        "rm v2/links-*/* v2/maps/*",
         // Directories and nothing in them; nothing at all.
-        "rm v1/links-*/* v1/maps/*; rmdir v1/links-* v1/maps",
-        "rm -r v1",
+        "rm v2/links-*/* v2/maps/*; rmdir v2/links-* v2/maps",
+        "rm -r v2",
     ] {
         stage.daemon.kill().await?;
         shell(&stage, &format!("cd {PINS}; {left}"))?;
@@ -84,7 +84,7 @@ async fn links_that_somebody_has_detached_the_next_daemon_makes_anew() -> Result
     // Theirs are in the place of those.
     stage.replace_daemon(daemon_options()).await?;
     ensure!(!stage.daemon.log()?.contains("was no longer attached"), "{}", stage.daemon.log()?);
-    shell(&stage, &format!("test $(ls {PINS}/v1/links-*/ | wc -l) = 8"))
+    shell(&stage, &format!("test $(ls {PINS}/v2/links-*/ | wc -l) = 8"))
 }
 
 /// Beside the tests.
@@ -99,7 +99,7 @@ async fn the_programs_of_another_layout_are_replaced_without_a_gap() -> Result<(
     let containers = containers(&stage).await?;
     stage.daemon.kill().await?;
     // As a daemon with another layout has left them. Theirs go when ours are in place.
-    shell(&stage, &format!("mv {PINS}/v1 {PINS}/v0"))?;
+    shell(&stage, &format!("mv {PINS}/v2 {PINS}/v0"))?;
     // Many at a time, for each is held while no daemon is there.
     let asking = "while sleep 0.02; do { timeout 9 wget -qO- http://169.254.169.254/latest/meta-data/ami-id 2>&1; echo; } & done";
     let mut askers = Vec::new();
@@ -125,5 +125,5 @@ async fn the_programs_of_another_layout_are_replaced_without_a_gap() -> Result<(
             request.target
         );
     }
-    shell(&stage, &format!("test ! -e {PINS}/v0 && test -e {PINS}/v1"))
+    shell(&stage, &format!("test ! -e {PINS}/v0 && test -e {PINS}/v2"))
 }

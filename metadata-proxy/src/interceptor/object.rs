@@ -195,13 +195,13 @@ mod tests {
     #[test]
     fn maps_change_only_with_the_layout_version() {
         // Name, type, size of the key and of the value in bytes, entries, flags.
-        let of_version_1 = [
+        let of_version_2 = [
             ("SETTINGS", 2, 4, 16, 1, 0),
             ("CGROUPS", 1, 8, 4, 16384, 0),
             ("NESTED", 1, 8, 4, 4096, 0),
             ("LISTENERS", 1, 8, 4, 16384, 0),
             ("OURS", 24, 4, 4, 0, 1),
-            ("FLOWS", 9, 16, 88, 16384, 0),
+            ("FLOWS", 9, 24, 88, 16384, 0),
             ("WANTED", 27, 0, 0, 65536, 0),
             ("COUNTERS", 6, 4, 8, 9, 0),
             ("CLIENTS", 24, 4, 112, 0, 1),
@@ -212,6 +212,6 @@ mod tests {
             let map = &object.maps[name];
             (name, map.map_type(), map.key_size(), map.value_size(), map.max_entries(), map.map_flags())
         });
-        assert_eq!((LAYOUT_VERSION, maps), (1, of_version_1), "the maps have changed: raise LAYOUT_VERSION");
+        assert_eq!((LAYOUT_VERSION, maps), (2, of_version_2), "the maps have changed: raise LAYOUT_VERSION");
     }
 }
