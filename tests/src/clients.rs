@@ -8,7 +8,7 @@ mod list;
 pub mod recording;
 mod report;
 pub mod scenarios;
-mod sniffer;
+pub mod sniffer;
 pub mod table;
 
 use std::net::SocketAddr;

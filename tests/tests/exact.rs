@@ -4,9 +4,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    clients::{Client, Programs},
+    clients::{
+        Client, ClientReport, Programs,
+        sniffer::{Connection, Sniffer},
+    },
     host::{Container, Network},
-    stage::{Stage, aws_config_client, client_spec, daemon_options, report, role_arn},
+    stage::{Stage, aws_config_client, client_spec, daemon_options, role_arn},
     talk::web,
 };
 
@@ -108,14 +111,14 @@ for path in ["iam/security-credentials/", "local-ipv4"]:
 async fn clients_find_the_service_at_its_ipv6_address() -> Result<()> {
     let stage = Stage::start().await?;
     let programs = Programs::from_env(aws_config_client()?)?;
-    for (client, place, has_ipv6) in [
-        (Client::AWS_CONFIG, "bridge", false),
-        (Client::AWS_CONFIG, "bridge6", true),
-        (Client::AWS_CONFIG, "host", true),
-        // Where there is no IPv6 it does not even try: urllib3 looks whether it could bind to `::1`.
-        (Client::BOTO3, "bridge6", true),
-        (Client::BOTO3, "host", true),
-    ] {
+    let others = ["js", "js-v2", "go-v1", "go-v2", "ruby"].map(Client::find);
+    // Where there is no IPv6 botocore does not even try: urllib3 looks whether it could bind to `::1`.
+    let mut trials = vec![(Client::AWS_CONFIG, "bridge")];
+    for client in [Ok(Client::AWS_CONFIG), Ok(Client::BOTO3)].into_iter().chain(others) {
+        let client = client?;
+        trials.extend([(client, "bridge6"), (client, "host")]);
+    }
+    for (client, place) in trials {
         let name = format!("{}-{place}", client.name());
         let mut spec = client_spec(&name, client, &programs, 1, None)
             .network(if place == "host" { Network::Host } else { Network::Default })
@@ -123,14 +126,22 @@ async fn clients_find_the_service_at_its_ipv6_address() -> Result<()> {
             .env("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "IPv6");
         if place != "host" {
             // The engine turns it off in the namespaces of networks without it.
-            let off = if has_ipv6 { "0" } else { "1" };
+            let off = if place == "bridge6" { "0" } else { "1" };
             let settings =
                 ["all", "default", "lo"].map(|on| (format!("net.ipv6.conf.{on}.disable_ipv6"), off.to_owned()));
             spec.host_config.sysctls = Some(settings.into());
         }
-        let report = report(&stage, spec).await.with_context(|| name.clone())?;
+        let command = std::mem::replace(&mut spec.cmd, ["/usr/bin/sleep", "600"].map(str::to_owned).into());
+        let container = stage.run(spec).await?;
+        let sniffer = Sniffer::start(container.pid().await?)?;
+        let finished = container.exec(command).await?;
+        let asked = sniffer.finish()?.iter().map(Connection::requests).collect::<Vec<_>>().concat();
+        container.remove().await?;
+        let report = ClientReport::parse(&finished.stdout).with_context(|| format!("{name}: {finished:?}"))?;
         let key = report.access_keys().next().with_context(|| format!("{name}: {report:?}"))?;
-        assert_eq!(stage.role_of(key), Some(name));
+        assert_eq!(stage.role_of(key).as_ref(), Some(&name));
+        let asked = String::from_utf8_lossy(&asked).to_lowercase();
+        ensure!(asked.contains("host: [fd00:ec2::254]") && !asked.contains("169.254"), "{name} asked {asked}");
     }
     stage.assert_no_leak()
 }

@@ -26,7 +26,7 @@ const ETH_P_IP: u16 = 0x0800;
 
 /// One connection, each direction's bytes as they were sent.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Connection {
+pub struct Connection {
     requests: Stream,
     answers: Stream,
 }
@@ -39,17 +39,17 @@ struct Stream {
 }
 
 impl Connection {
-    pub(crate) fn requests(&self) -> Vec<u8> {
+    pub fn requests(&self) -> Vec<u8> {
         self.requests.parts.values().flatten().copied().collect()
     }
 
-    pub(crate) fn answers(&self) -> Vec<u8> {
+    pub fn answers(&self) -> Vec<u8> {
         self.answers.parts.values().flatten().copied().collect()
     }
 }
 
 /// Listens until it is asked what it has heard.
-pub(crate) struct Sniffer {
+pub struct Sniffer {
     stop: Arc<AtomicBool>,
     heard: Arc<AtomicBool>,
     thread: JoinHandle<Vec<Connection>>,
@@ -57,7 +57,7 @@ pub(crate) struct Sniffer {
 
 impl Sniffer {
     /// In the network namespace of this process.
-    pub(crate) fn start(pid: u32) -> Result<Self> {
+    pub fn start(pid: u32) -> Result<Self> {
         let path = format!("/proc/{pid}/ns/net");
         let namespace = File::open(&path).with_context(|| format!("opening {path}"))?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -80,12 +80,12 @@ impl Sniffer {
     }
 
     /// Whether there has been anything so far.
-    pub(crate) fn has_heard(&self) -> bool {
+    pub fn has_heard(&self) -> bool {
         self.heard.load(Ordering::Relaxed)
     }
 
     /// The connections in the order of their beginning.
-    pub(crate) fn finish(self) -> Result<Vec<Connection>> {
+    pub fn finish(self) -> Result<Vec<Connection>> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().ok().context("the thread that listens has panicked")
     }
