@@ -5,6 +5,7 @@
 //! metadata service.**
 
 mod list;
+mod living;
 pub mod recording;
 mod report;
 pub mod scenarios;
