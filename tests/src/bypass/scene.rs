@@ -200,7 +200,11 @@ impl Place {
             Self::Plain => {}
             Self::Unconfined => options.security_opt = words("seccomp=unconfined"),
             Self::NetAdmin => options.cap_add = words("NET_ADMIN"),
-            Self::Privileged => privileged(options),
+            Self::Privileged => {
+                privileged(options);
+                // Its own cgroup is the root of what it sees; engines of version 1 would not do so by themselves.
+                options.cgroupns_mode = Some(HostConfigCgroupnsModeEnum::PRIVATE);
+            }
             Self::Host => spec.network = Network::Host,
             Self::HostPrivileged => {
                 privileged(options);
