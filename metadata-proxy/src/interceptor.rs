@@ -68,6 +68,8 @@ pub(crate) fn try_load() -> anyhow::Result<()> {
 /// The attached programs' maps.
 pub(crate) struct Interceptor {
     cgroups: Mutex<BpfHashMap<MapData, u64, u32>>,
+    /// Only the programs write it.
+    nested: BpfHashMap<MapData, u64, u32>,
     listeners: Mutex<BpfHashMap<MapData, u64, u32>>,
     accepted: SkStorage<MapData, Flow>,
     ours: Mutex<SkStorage<MapData, u32>>,
@@ -90,6 +92,7 @@ impl Interceptor {
 
         let interceptor = Self {
             cgroups: Mutex::new(maps::take(&mut object, "CGROUPS")?),
+            nested: maps::take(&mut object, "NESTED")?,
             listeners: Mutex::new(maps::take(&mut object, "LISTENERS")?),
             accepted: maps::take(&mut object, "ACCEPTED")?,
             ours: Mutex::new(maps::take(&mut object, "OURS")?),
@@ -174,6 +177,11 @@ impl Interceptor {
     /// The cgroups that the kernel knows, containers' and exempt ones.
     pub(crate) fn cgroups(&self) -> Vec<u64> {
         maps::lock(&self.cgroups).keys().filter_map(Result::ok).collect()
+    }
+
+    /// How many cgroups that containers have made the kernel keeps in mind.
+    pub(crate) fn nested_cgroups(&self) -> usize {
+        self.nested.keys().filter_map(Result::ok).count()
     }
 
     /// What the programs have counted since they were first attached.

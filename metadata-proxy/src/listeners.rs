@@ -10,7 +10,10 @@ use std::{
     collections::{HashMap, HashSet},
     convert::Infallible,
     fs::File,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -51,6 +54,8 @@ pub(crate) struct Listeners {
     /// What the daemon before us has published, until whoever needs it has got ours. Connections that have been held
     /// since it ended wait for its very ports.
     inherited: Arc<Mutex<HashMap<u64, u16>>>,
+    /// How many had to make room.
+    evicted: AtomicU64,
     connections: mpsc::Sender<Connection>,
     tasks: TaskTracker,
     /// Of connections that come to nothing.
@@ -84,9 +89,9 @@ impl Listeners {
         connections: mpsc::Sender<Connection>,
     ) -> Arc<Self> {
         let inherited = Arc::new(Mutex::new(interceptor.listeners()));
-        let (open, opening, taken, tasks, log) = Default::default();
+        let (open, opening, evicted, taken, tasks, log) = Default::default();
         let guard = Box::new(guard);
-        Arc::new(Self { interceptor, worker, guard, taken, open, opening, inherited, connections, tasks, log })
+        Arc::new(Self { interceptor, worker, guard, taken, open, opening, inherited, evicted, connections, tasks, log })
     }
 
     /// Opens listeners as the kernel asks for them, until the ring buffer fails.
@@ -96,11 +101,11 @@ impl Listeners {
             if self.publish(netns) {
                 continue; // opened since; the connection's next SYN gets through
             }
-            self.make_room();
             // One attempt at a time for each namespace: a held connection asks again with each SYN.
             if !self.opening().insert(netns) {
                 continue;
             }
+            self.make_room();
             let listeners = Arc::clone(&self);
             self.tasks.spawn(async move {
                 if let Err(error) = listeners.ensure(pid).await {
@@ -259,6 +264,11 @@ impl Listeners {
         let oldest = unheld().min_by_key(|(_, open)| open.last_used).map(|(netns, _)| *netns);
         drop(open);
         oldest.into_iter().for_each(|netns| self.close(netns));
+        self.evicted.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn evicted(&self) -> u64 {
+        self.evicted.load(Ordering::Relaxed)
     }
 
     pub(crate) fn count(&self) -> usize {

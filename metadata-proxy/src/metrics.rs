@@ -78,11 +78,20 @@ impl Collector for Parts {
             ("containers", "Running containers that are known", self.containers.all().len()),
             ("listeners", "Listeners open in network namespaces", self.listeners.count()),
             ("bpf_cgroups", "Entries of the BPF map CGROUPS", cgroups),
+            ("bpf_nested", "Entries of the BPF map NESTED", self.interceptor.nested_cgroups()),
             ("bpf_listeners", "Entries of the BPF map LISTENERS", published),
         ] {
             let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
             gauge.encode(encoder.encode_descriptor(name, help, None::<&Unit>, gauge.metric_type())?)?;
         }
+        let help = "Listeners of namespaces without a known container, closed to make room for others";
+        let evicted = ConstCounter::new(self.listeners.evicted());
+        evicted.encode(encoder.encode_descriptor(
+            "listeners_evicted",
+            help,
+            None::<&Unit>,
+            evicted.metric_type(),
+        )?)?;
         for (counter, value) in self.interceptor.counters() {
             let metric = ConstCounter::new(value);
             let name = format!("bpf_{}", snake(&format!("{counter:?}")));

@@ -287,6 +287,8 @@ async fn metrics_are_served_where_asked_and_nothing_else_is() -> Result<()> {
         "metadata_proxy_containers 4",
         "metadata_proxy_bpf_redirected_total 3",
         "metadata_proxy_bpf_unknown_total 0",
+        "metadata_proxy_bpf_nested 0",
+        "metadata_proxy_listeners_evicted_total 0",
     ] {
         ensure!(metrics.lines().any(|found| found == line), "no {line:?} in:\n{metrics}");
     }

@@ -56,6 +56,49 @@ struct Report {
     worst_ms: f64,
 }
 
+/// Asks from one network namespace of its own after the other, and tells how often it was answered with its role.
+const NAMESPACES: &str = r#"
+import ctypes, fcntl, os, socket, struct, sys
+libc = ctypes.CDLL(None)
+def ask():
+    if libc.unshare(0x40000000):
+        raise OSError("unshare")
+    sock = socket.socket()
+    fcntl.ioctl(sock, 0x8914, struct.pack("16sH14x", b"lo", 0x1)) # SIOCSIFFLAGS, IFF_UP
+    sock.settimeout(5)
+    sock.connect(("169.254.169.254", 80))
+    sock.sendall(b"GET /latest/meta-data/iam/security-credentials/ HTTP/1.0\r\n\r\n")
+    answer = b""
+    while data := sock.recv(4096):
+        answer += data
+    sock.close()
+    return answer.endswith(b"\r\n\r\n" + sys.argv[2].encode())
+print(sum(ask() for _ in range(int(sys.argv[1]))))
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_with_a_thousand_networks_of_its_own_leaves_room_for_others() -> Result<()> {
+    const MANY: usize = 1100;
+    let options = daemon_options().env("METADATA_PROXY_LOG", "info").arg("--metrics-address").arg("127.0.0.1:9465");
+    let stage = Stage::start_with(options).await?;
+    let spec = |name: &str, count: usize| {
+        let mut spec = ContainerSpec::on_host(name, ["/usr/bin/python3", "-c", NAMESPACES, &count.to_string(), name]);
+        spec.host_config.cap_add = Some(vec!["SYS_ADMIN".to_owned(), "NET_ADMIN".to_owned()]);
+        spec.label("metadata-proxy.role", &role_arn(name))
+    };
+    let served = |output: String| output.trim().parse::<usize>();
+    ensure!(served(stage.finish(&stage.run(spec("many", MANY)).await?).await?)? == MANY, "not all were served");
+    ensure!(served(stage.finish(&stage.run(spec("other", 3)).await?).await?)? == 3, "the other suffers");
+    let mut ask = stage.command("timeout");
+    let metrics = ask.args(["5", "busybox", "wget", "-qO-", "http://127.0.0.1:9465/metrics"]).output()?;
+    let metrics = String::from_utf8(metrics.stdout)?;
+    let count = |name: &str| metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<usize>().ok());
+    let evicted = count("metadata_proxy_listeners_evicted_total").context("not counted")?;
+    let open = count("metadata_proxy_listeners").context("not counted")?;
+    ensure!(open <= 1030 && evicted > 0, "{open} open, {evicted} evicted");
+    stage.assert_no_leak()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_that_floods_costs_no_other_its_identity() -> Result<()> {
     let stage = Stage::start_with(daemon_options().env("METADATA_PROXY_LOG", "info")).await?;
