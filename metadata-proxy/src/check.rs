@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use crate::{
     config::{self, Config},
     containers::{cgroup, docker::Engine},
-    credentials::Aws,
+    credentials::{Aws, CLOCK_TOLERANCE},
     interceptor::{self, features, preflight},
     netns,
     upstream::{Payload, Upstream},
@@ -25,7 +25,7 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.line("configuration", Ok(configuration(config)));
     table.line("kernel", kernel());
     table.line("capabilities", preflight::capabilities().map(|()| "all there".to_owned()));
-    table.line("cgroup2", preflight::cgroup(config.cgroup.as_deref()).map(|path| path.display().to_string()));
+    table.line("cgroup2", cgroups(config));
     table.line("host's processes", on_whole_host(config, preflight::host_processes));
     table.line("host's network", on_whole_host(config, preflight::host_network));
     let bpffs = preflight::bpffs(&config.bpffs, config.is_whole_host());
@@ -37,6 +37,7 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.line("exempt cgroups", exempt(config));
     table.line("Docker", docker(config).await);
     table.line("STS identity", identity(config).await);
+    table.line("clock", clock(config).await);
     table.line("real service", real_service(config).await);
     table.good
 }
@@ -88,6 +89,13 @@ fn kernel() -> anyhow::Result<String> {
     Ok(format!("{} {}", name.sysname().to_string_lossy(), name.release().to_string_lossy()))
 }
 
+fn cgroups(config: &Config) -> anyhow::Result<String> {
+    let attached = preflight::cgroup(config.cgroup.as_deref())?;
+    let mount = preflight::cgroup2_mount()?;
+    let mode = if mount == std::path::Path::new("/sys/fs/cgroup") { "version 2" } else { "hybrid" };
+    Ok(format!("{} ({mode})", attached.display()))
+}
+
 async fn uplinks() -> anyhow::Result<String> {
     let names = interceptor::uplinks_on_host().await?;
     Ok(if names.is_empty() { interceptor::NO_UPLINKS.to_owned() } else { names.join(", ") })
@@ -112,6 +120,19 @@ async fn identity(config: &Config) -> anyhow::Result<String> {
     let aws = Aws::connect(config.imds_endpoint.as_deref()).await?;
     let identity = timeout(PATIENCE, aws.caller_identity()).await.context("STS does not answer")??;
     Ok(identity.arn)
+}
+
+/// The SDK corrects its signatures, but when credentials end is judged by the host's clock.
+async fn clock(config: &Config) -> anyhow::Result<String> {
+    let aws = Aws::connect(config.imds_endpoint.as_deref()).await?;
+    let Some(ahead) = timeout(PATIENCE, aws.clock_ahead()).await.ok().flatten() else {
+        return Ok("not compared, for STS does not answer".to_owned());
+    };
+    if ahead.abs() > CLOCK_TOLERANCE {
+        let way = if ahead.is_positive() { "ahead of" } else { "behind" };
+        bail!("{:#} {way} that of STS: set it, and keep it so by NTP (chrony, systemd-timesyncd)", ahead.abs());
+    }
+    Ok(format!("within {} s of that of STS", ahead.abs().as_secs() + 1))
 }
 
 async fn real_service(config: &Config) -> anyhow::Result<String> {

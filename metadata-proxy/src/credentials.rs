@@ -12,6 +12,7 @@
 //! - Secrets stay inside [`SecretString`]: neither `Debug` nor a log line can print them, and dropping the last reference
 //!   wipes them; not the copies in the SDK's buffers, nor those in answers (docs/credentials.md).
 
+mod clock;
 mod entry;
 mod failure;
 #[cfg(test)]
@@ -31,6 +32,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use secrecy::SecretString;
 
+pub(crate) use clock::TOLERANCE as CLOCK_TOLERANCE;
 pub(crate) use failure::Failure;
 pub(crate) use store::{Hold, Settings, Store};
 pub(crate) use sts::Aws;

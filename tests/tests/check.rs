@@ -3,9 +3,11 @@
 use std::process::{Command, Output};
 
 use anyhow::{Context as _, Result, ensure};
+use jiff::SignedDuration;
 use metadata_proxy_tests::{
     host::{Machine, TestHost, program},
     stage::{self, daemon_options},
+    sts::Fault,
 };
 
 fn check(host: &TestHost, arguments: &[&str]) -> Result<Output> {
@@ -32,18 +34,27 @@ fn lines(output: &Output, status: &str) -> Vec<String> {
 async fn a_host_that_has_everything_passes() -> Result<()> {
     let host = TestHost::start().await?;
     let _imds = stage::start_imds(&host)?;
-    let _sts = stage::start_sts(&host)?;
+    let sts = stage::start_sts(&host)?;
     let output = check(&host, &[])?;
     ensure!(output.status.success(), "{output:?}");
-    ensure!(lines(&output, "ok").len() == 15 && lines(&output, "FAILED").is_empty(), "{output:?}");
+    ensure!(lines(&output, "ok").len() == 16 && lines(&output, "FAILED").is_empty(), "{output:?}");
     let text = String::from_utf8_lossy(&output.stdout);
     for expected in [
         "cgroup driver cgroupfs",
         "arn:aws:iam::111122223333:user/metadata-proxy",
         "this is i-0123456789abcdef0",
         "no uplink found",
+        "s of that of STS",
+        // As the test host sees it, whatever the machine has.
+        " (version 2)\n",
     ] {
         ensure!(text.contains(expected), "no {expected:?} in:\n{text}");
+    }
+    // It answers all the same, for the SDK corrects its signatures.
+    for (ahead, expected) in [(600, "m behind that of STS: set it"), (-600, "m ahead of that of STS: set it")] {
+        sts.set_fault(Some(Fault::Clock(SignedDuration::from_secs(ahead))));
+        let failed = lines(&check(&host, &[])?, "FAILED");
+        ensure!(matches!(failed.as_slice(), [line] if line.contains("clock") && line.contains(expected)), "{failed:?}");
     }
     Ok(())
 }

@@ -20,9 +20,10 @@ use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::operation::assume_role::{AssumeRoleError, AssumeRoleOutput};
 use aws_sdk_sts::operation::get_caller_identity::GetCallerIdentityError;
 use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::RwLock;
 
+use super::clock::Comparison;
 use super::failure::{self, Failure, STALE_SOURCE, Subject};
 use super::{AssumeFuture, Credentials, RoleSession, Sts};
 
@@ -101,6 +102,15 @@ impl Aws {
         // Only names the daemon in later messages, so whoever was first may stay.
         let _ = link.identity.set(identity.clone());
         Ok(identity)
+    }
+
+    /// How much this host's clock is ahead of that of STS; None without an answer.
+    pub(crate) async fn clock_ahead(&self) -> Option<SignedDuration> {
+        let comparison = Comparison::default();
+        let call = self.link().await.client.get_caller_identity().customize().interceptor(comparison.clone());
+        // It has been given the date also where it refuses.
+        let _ = call.send().await;
+        comparison.ahead()
     }
 
     async fn assume(&self, session: &RoleSession) -> Result<Credentials, Failure> {
