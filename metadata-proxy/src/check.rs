@@ -130,7 +130,8 @@ async fn clock(config: &Config) -> anyhow::Result<String> {
     };
     if ahead.abs() > CLOCK_TOLERANCE {
         let way = if ahead.is_positive() { "ahead of" } else { "behind" };
-        bail!("{:#} {way} that of STS: set it, and keep it so by NTP (chrony, systemd-timesyncd)", ahead.abs());
+        let seconds = ahead.abs().as_secs();
+        bail!("{seconds} s {way} that of STS: set it, and keep it so by NTP (chrony, systemd-timesyncd)");
     }
     Ok(format!("within {} s of that of STS", ahead.abs().as_secs() + 1))
 }

@@ -56,7 +56,8 @@ impl State {
         };
         self.calls.push(call.clone());
         if call.action != "AssumeRole" {
-            return (call, None);
+            // A clock is wrong for everybody.
+            return (call, self.fault.clone().filter(|fault| matches!(fault, Fault::Clock(_))));
         }
         let role = call.parameters.get("RoleArn").cloned().unwrap_or_default();
         let mut fault = self.role_faults.get(&role).or(self.fault.as_ref()).cloned();
