@@ -36,8 +36,10 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.line("uplinks", uplinks().await);
     table.line("exempt cgroups", exempt(config));
     table.line("Docker", docker(config).await);
-    table.line("STS identity", identity(config).await);
-    table.line("clock", clock(config).await);
+    let aws = Aws::connect(config.imds_endpoint.as_deref()).await;
+    let clock = clock(aws.as_ref().ok()).await;
+    table.line("STS identity", identity(aws).await);
+    table.line("clock", clock);
     table.line("real service", real_service(config).await);
     table.good
 }
@@ -116,16 +118,15 @@ async fn docker(config: &Config) -> anyhow::Result<String> {
     Engine::new(&config.docker_host, config.trust_image_metadata).describe().await
 }
 
-async fn identity(config: &Config) -> anyhow::Result<String> {
-    let aws = Aws::connect(config.imds_endpoint.as_deref()).await?;
-    let identity = timeout(PATIENCE, aws.caller_identity()).await.context("STS does not answer")??;
+async fn identity(aws: anyhow::Result<Aws>) -> anyhow::Result<String> {
+    let identity = timeout(PATIENCE, aws?.caller_identity()).await.context("STS does not answer")??;
     Ok(identity.arn)
 }
 
 /// The SDK corrects its signatures, but when credentials end is judged by the host's clock.
-async fn clock(config: &Config) -> anyhow::Result<String> {
-    let aws = Aws::connect(config.imds_endpoint.as_deref()).await?;
-    let Some(ahead) = timeout(PATIENCE, aws.clock_ahead()).await.ok().flatten() else {
+async fn clock(aws: Option<&Aws>) -> anyhow::Result<String> {
+    let ahead = async { aws?.clock_ahead().await };
+    let Some(ahead) = timeout(PATIENCE, ahead).await.ok().flatten() else {
         return Ok("not compared, for STS does not answer".to_owned());
     };
     if ahead.abs() > CLOCK_TOLERANCE {

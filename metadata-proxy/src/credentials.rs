@@ -92,12 +92,6 @@ pub(crate) struct SessionState {
     pub(crate) failure: Option<(Failure, Timestamp)>,
 }
 
-impl SessionState {
-    pub(crate) fn is_refused(&self) -> bool {
-        self.served.is_none() && matches!(self.failure, Some((Failure::Refused { .. }, _)))
-    }
-}
-
 /// The credentials that are served now.
 #[derive(Debug)]
 pub(crate) struct Served {

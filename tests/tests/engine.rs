@@ -174,6 +174,15 @@ impl Relay {
         Ok(Self { socket, mode, generation, broken, task })
     }
 
+    /// Before an engine with one container.
+    async fn with_known() -> Result<(Self, Stage, Container)> {
+        let host = TestHost::start().await?;
+        let relay = Self::start(&host)?;
+        let stage = relay.stage(host).await?;
+        let known = stage.run(idle_as("known", "known")).await?;
+        Ok((relay, stage, known))
+    }
+
     fn set(&self, mode: Mode) {
         self.mode.send_replace(mode);
     }
@@ -345,10 +354,7 @@ async fn started_without_a_daemon(network: Network) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn containers_started_while_the_event_stream_is_broken_are_found() -> Result<()> {
-    let host = TestHost::start().await?;
-    let relay = Relay::start(&host)?;
-    let stage = relay.stage(host).await?;
-    let known = stage.run(idle_as("known", "known")).await?;
+    let (relay, stage, known) = Relay::with_known().await?;
     wait_for_call(&stage, "known", SOON).await?;
 
     relay.set(Mode::Refuse);
@@ -389,10 +395,7 @@ async fn containers_started_while_the_event_stream_is_broken_are_found() -> Resu
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_engine_that_hangs_or_is_slow_delays_only_whom_nobody_knows_yet() -> Result<()> {
-    let host = TestHost::start().await?;
-    let relay = Relay::start(&host)?;
-    let stage = relay.stage(host).await?;
-    let known = stage.run(idle_as("known", "known")).await?;
+    let (relay, stage, known) = Relay::with_known().await?;
     ensure!(ask(&known).await?.is("known"), "not served");
 
     relay.set(Mode::Hang);
@@ -427,10 +430,7 @@ async fn an_engine_that_hangs_or_is_slow_delays_only_whom_nobody_knows_yet() -> 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_network_of_a_dead_container_is_given_back_also_where_the_engine_does_not_tell() -> Result<()> {
-    let host = TestHost::start().await?;
-    let relay = Relay::start(&host)?;
-    let stage = relay.stage(host).await?;
-    let known = stage.run(idle_as("known", "known")).await?;
+    let (relay, stage, known) = Relay::with_known().await?;
     ensure!(ask(&known).await?.is("known"), "not served");
     relay.set(Mode::Hang);
     known.remove().await?;

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
     clients::{
         Client, ClientReport, Programs,
-        sniffer::{Connection, Sniffer},
+        sniffer::{Connection, overhear},
     },
     host::{Container, Network},
     stage::{Stage, aws_config_client, client_spec, daemon_options, role_arn},
@@ -131,11 +131,8 @@ async fn clients_find_the_service_at_its_ipv6_address() -> Result<()> {
                 ["all", "default", "lo"].map(|on| (format!("net.ipv6.conf.{on}.disable_ipv6"), off.to_owned()));
             spec.host_config.sysctls = Some(settings.into());
         }
-        let command = std::mem::replace(&mut spec.cmd, ["/usr/bin/sleep", "600"].map(str::to_owned).into());
-        let container = stage.run(spec).await?;
-        let sniffer = Sniffer::start(container.pid().await?)?;
-        let finished = container.exec(command).await?;
-        let asked = sniffer.finish()?.iter().map(Connection::requests).collect::<Vec<_>>().concat();
+        let (container, finished, heard) = overhear(&stage, spec).await?;
+        let asked = heard.iter().map(Connection::requests).collect::<Vec<_>>().concat();
         container.remove().await?;
         let report = ClientReport::parse(&finished.stdout).with_context(|| format!("{name}: {finished:?}"))?;
         let key = report.access_keys().next().with_context(|| format!("{name}: {report:?}"))?;

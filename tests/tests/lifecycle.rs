@@ -107,9 +107,7 @@ async fn an_idle_daemon_ends_at_once() -> Result<()> {
     let idle =
         "import socket, time; s = socket.create_connection(('169.254.169.254', 80)); print('open'); time.sleep(9)";
     let idle = stage.run(ContainerSpec::on_host("idle", ["/usr/bin/python3", "-uc", idle])).await?;
-    while !idle.output().await?.0.contains("open") {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    idle.says("open", Duration::from_secs(60)).await?;
     let begin = Instant::now();
     assert_eq!(stage.daemon.terminate(END).await?.code(), Some(0));
     assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
@@ -195,7 +193,7 @@ async fn a_connection_waits_also_where_somebody_else_has_our_port() -> Result<()
     stage.daemon.terminate(END).await?;
     let spec = ContainerSpec::on_host("web", ["/usr/bin/python3", "-c", SQUATTER]);
     let web = stage.run(spec.label("metadata-proxy.role", &role_arn("web"))).await?;
-    within(Duration::from_secs(20), "bound", async || Ok(web.output().await?.0.contains("bound"))).await?;
+    web.says("bound", Duration::from_secs(20)).await?;
     start_again(&mut stage).await?;
     let containers = [web];
     assert_served(&containers).await?;
@@ -231,7 +229,7 @@ async fn a_client_that_does_not_read_costs_no_other_its_answer_while_the_daemon_
     assert_served(&containers).await?;
     let greedy = ContainerSpec::on_host("greedy", ["/usr/bin/python3", "-c", GREEDY]);
     let greedy = stage.run(greedy.label("metadata-proxy.role", &role_arn("greedy"))).await?;
-    within(Duration::from_secs(60), "stuck", async || Ok(greedy.output().await?.0.contains("stuck"))).await?;
+    greedy.says("stuck", Duration::from_secs(60)).await?;
     let pid = stage.daemon.pid().to_string();
     assert!(stage.command("kill").args(["-TERM", &pid]).status()?.success());
     // Asked while the daemon waits for the greedy one, and held by the kernel until the next is there.

@@ -259,11 +259,7 @@ async fn others_are_served_at_their_usual_latency_whatever_one_container_does() 
         let spec = ContainerSpec::on_host(kind, ["/usr/bin/python3", "-c", ATTACK, kind]);
         let before = refused(&stage)?;
         let attacker = stage.run(spec.label("metadata-proxy.role", &role_arn(kind))).await?;
-        let deadline = Instant::now() + Duration::from_secs(40);
-        while !attacker.output().await?.0.contains("begun") {
-            ensure!(Instant::now() < deadline, "{kind}: no attack: {:?}", attacker.output().await?);
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        attacker.says("begun", Duration::from_secs(40)).await?;
         let meanwhile = measure().await?;
         let complaints = attacker.output().await?.1;
         attacker.remove().await?;

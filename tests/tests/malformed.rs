@@ -338,9 +338,7 @@ async fn a_container_with_too_many_connections_harms_only_itself() -> Result<()>
         .label("metadata-proxy.role", &role_arn("crowd"));
     let crowd = stage.run(crowd).await?;
     let full = async {
-        while !crowd.output().await?.0.contains("served") {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        crowd.says("served", Duration::from_secs(10)).await?;
         talk(&api, &[Plan::get(ROLES)]).await
     };
     let outcome = tokio::time::timeout(Duration::from_secs(10), full).await.context("no crowd")??.remove(0);

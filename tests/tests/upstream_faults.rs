@@ -344,9 +344,7 @@ async fn a_crowd_before_a_slow_service_leaves_room_for_others() -> Result<()> {
         stage.run(spec.label("metadata-proxy.role", &role_arn(name)))
     });
     for crowd in futures_util::future::try_join_all(crowds).await? {
-        while !crowd.output().await?.0.contains("begun") {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        crowd.says("begun", Duration::from_secs(60)).await?;
     }
     tokio::time::sleep(Duration::from_secs(2)).await;
     // Each crowd of forty has its share of 32, and waits for the rest.

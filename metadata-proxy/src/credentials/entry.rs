@@ -111,6 +111,12 @@ impl Entry {
         SessionState { served, failure: state.failure.clone() }
     }
 
+    pub(super) fn is_refused(&self, wall: Timestamp) -> bool {
+        let state = self.state.borrow();
+        let refused = matches!(state.failure, Some((Failure::Refused { .. }, _)));
+        refused && !state.cached.as_ref().is_some_and(|cached| cached.valid(wall))
+    }
+
     /// Fetch ahead for somebody who will ask later.
     pub(super) fn nudge(&self, wall: Timestamp) {
         self.glance(wall);

@@ -111,8 +111,16 @@ impl Store {
 impl Store {
     /// Looks, and causes nothing.
     pub(crate) fn state(&self, key: &RoleSession) -> SessionState {
-        let entry = self.shared.slots().get(key).map(|slot| Arc::clone(&slot.entry));
-        entry.map_or_else(SessionState::default, |entry| entry.show(self.shared.now()))
+        self.look(key).map_or_else(SessionState::default, |entry| entry.show(self.shared.now()))
+    }
+
+    /// The same, whether STS refuses the role and nothing is served: asked at each request, so nothing is copied.
+    pub(crate) fn is_refused(&self, key: &RoleSession) -> bool {
+        self.look(key).is_some_and(|entry| entry.is_refused(self.shared.now()))
+    }
+
+    fn look(&self, key: &RoleSession) -> Option<Arc<Entry>> {
+        self.shared.slots().get(key).map(|slot| Arc::clone(&slot.entry))
     }
 }
 

@@ -32,7 +32,7 @@ impl Server {
             answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             return answer;
         }
-        let refused = standing.role().is_some_and(|(_, session)| self.credentials.state(session).is_refused());
+        let refused = standing.role().is_some_and(|(_, session)| self.credentials.is_refused(session));
         let caller = Caller {
             id: &workload.container.id,
             role: standing.role_name(),

@@ -13,7 +13,7 @@ use tokio::{sync::Semaphore, time::sleep};
 use super::{
     Client, ClientReport, Life, Loads, Programs, faketime,
     recording::Recording,
-    scenarios::{AT_ONCE, Outcome, PATIENCE, Scenario, until},
+    scenarios::{AT_ONCE, Outcome, PATIENCE, Scenario, all_own, until},
     sniffer::Sniffer,
 };
 use crate::{
@@ -152,9 +152,8 @@ impl Living {
         let sniffer = Some(Sniffer::start(container.pid().await?)?);
         let report = until(&container, |report| report.access_keys().next().is_some()).await?;
         let (keys, errors) = (report.access_keys().count(), report.errors().count());
-        let living = Self { client, container, sniffer, keys, errors, outcomes: BTreeMap::new() };
-        living.owns(stage, &report)?;
-        Ok(living)
+        all_own(stage, &container, &report)?;
+        Ok(Self { client, container, sniffer, keys, errors, outcomes: BTreeMap::new() })
     }
 
     async fn live_through(&mut self, stage: &Stage, programs: &Programs, scenario: Scenario, keys: usize) {
@@ -196,21 +195,10 @@ impl Living {
         Ok("fails until its own clock says so".to_owned())
     }
 
-    /// Everything that it got is its own container's.
-    fn owns(&self, stage: &Stage, report: &ClientReport) -> Result<()> {
-        let id = self.container.id().get(..12).unwrap_or_default();
-        let expected = format!("arn:aws:sts::123456789012:assumed-role/{0}/{0}-{id}", self.client.name);
-        for key in report.access_keys() {
-            let owner = stage.sts.identity_of(key);
-            ensure!(owner.as_ref() == Some(&expected), "{key} is {owner:?}'s, not {expected}'s");
-        }
-        Ok(())
-    }
-
     /// So many keys that it had not before, all its own; what went wrong meanwhile is told.
     async fn gets(&mut self, stage: &Stage, scenario: Scenario, keys: usize) -> Result<String> {
         let report = until(&self.container, |report| report.access_keys().count() >= self.keys + keys).await?;
-        self.owns(stage, &report)?;
+        all_own(stage, &self.container, &report)?;
         let all: Vec<&str> = report.errors().collect();
         let errors = all.len() - self.errors;
         (self.keys, self.errors) = (report.access_keys().count(), all.len());

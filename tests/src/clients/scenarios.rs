@@ -10,7 +10,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use futures_util::future::{join_all, try_join};
 use tokio::{sync::Semaphore, time::sleep};
 
-use super::{Client, ClientReport, Loads, Programs, living::long, recording::Recording, sniffer::Sniffer};
+use super::{
+    Client, ClientReport, Loads, Programs,
+    living::long,
+    recording::Recording,
+    sniffer::{Sniffer, overhear},
+};
 use crate::{
     host::{Container, ContainerSpec},
     stage::{STS_ENDPOINT, Stage, client_spec, role_arn},
@@ -142,13 +147,9 @@ impl Trial<'_> {
 
     async fn identity(&self, row: &mut Row) -> Result<Outcome> {
         let name = self.client.name;
-        let mut spec = self.spec(name, 1).label("metadata-proxy.role", &role_arn(name));
-        // It waits until somebody listens to what is said.
-        let command = std::mem::replace(&mut spec.cmd, ["/usr/bin/sleep", "600"].map(str::to_owned).into());
-        let container = self.stage.run(spec).await?;
-        let sniffer = Sniffer::start(container.pid().await?)?;
-        let finished = container.exec(command).await?;
-        row.recording = Recording::of(&sniffer.finish()?);
+        let spec = self.spec(name, 1).label("metadata-proxy.role", &role_arn(name));
+        let (container, finished, heard) = overhear(self.stage, spec).await?;
+        row.recording = Recording::of(&heard);
         let report =
             ClientReport::parse(&finished.stdout).with_context(|| format!("it printed {}", finished.stderr))?;
         row.version.clone_from(&report.version);
@@ -160,18 +161,12 @@ impl Trial<'_> {
 
     /// Everything that it got is its own container's, and it got something.
     fn owns(&self, container: &Container, report: &ClientReport) -> Result<()> {
-        let id = container.id().get(..12).unwrap_or_default();
-        let name = container.name();
-        let expected = format!("arn:aws:sts::123456789012:assumed-role/{name}/{name}-{id}");
         ensure!(
             report.access_keys().next().is_some(),
             "no credentials: {}",
             report.errors().collect::<Vec<_>>().join("; ")
         );
-        for key in report.access_keys() {
-            let owner = self.stage.sts.identity_of(key);
-            ensure!(owner.as_ref() == Some(&expected), "{key} is {owner:?}'s, not {expected}'s");
-        }
+        let expected = all_own(self.stage, container, report)?;
         ensure!(report.identity_error.is_none(), "{:?}", report.identity_error);
         let told = report.identity.as_ref();
         ensure!(told == Some(&expected) || !self.tells(), "it was told {told:?}");
@@ -241,6 +236,17 @@ impl Trial<'_> {
         }
         Ok(Outcome::Good("an error".to_owned()))
     }
+}
+
+/// Whether every key is its own container's; whose they have to be.
+pub(super) fn all_own(stage: &Stage, container: &Container, report: &ClientReport) -> Result<String> {
+    let (name, id) = (container.name(), container.id().get(..12).unwrap_or_default());
+    let expected = format!("arn:aws:sts::123456789012:assumed-role/{name}/{name}-{id}");
+    for key in report.access_keys() {
+        let owner = stage.sts.identity_of(key);
+        ensure!(owner.as_ref() == Some(&expected), "{key} is {owner:?}'s, not {expected}'s");
+    }
+    Ok(expected)
 }
 
 /// Waits until a client's report so far is as wanted.

@@ -20,6 +20,8 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
+use crate::host::{Container, ContainerSpec, Finished, TestHost};
+
 /// Where the listener is that connections are redirected to.
 const LISTENER: [u8; 4] = [127, 169, 254, 169];
 const ETH_P_IP: u16 = 0x0800;
@@ -46,6 +48,15 @@ impl Connection {
     pub fn answers(&self) -> Vec<u8> {
         self.answers.parts.values().flatten().copied().collect()
     }
+}
+
+/// Runs a container's command while somebody listens to what it says; until then it waits.
+pub async fn overhear(host: &TestHost, mut spec: ContainerSpec) -> Result<(Container, Finished, Vec<Connection>)> {
+    let command = std::mem::replace(&mut spec.cmd, ContainerSpec::resident("").cmd);
+    let container = host.run(spec).await?;
+    let sniffer = Sniffer::start(container.pid().await?)?;
+    let finished = container.exec(command).await?;
+    Ok((container, finished, sniffer.finish()?))
 }
 
 /// Listens until it is asked what it has heard.

@@ -1,8 +1,11 @@
 //! Containers, from what a test wants of them to what they answered.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use bollard::{
     Docker,
     container::LogOutput,
@@ -15,6 +18,7 @@ use bollard::{
     },
 };
 use futures_util::{Stream, TryStreamExt as _};
+use tokio::time::sleep;
 
 use super::image;
 
@@ -219,6 +223,19 @@ impl Container {
         let options = LogsOptionsBuilder::new().stdout(true).stderr(true).build();
         let output = collect(self.docker.logs(&self.id, Some(options))).await;
         output.with_context(|| format!("reading the output of container {}", self.name))
+    }
+
+    /// Waits until it has printed this word.
+    pub async fn says(&self, word: &str, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let output = self.output().await?;
+            if output.0.contains(word) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{} has not said {word:?} within {limit:?}: {output:?}", self.name);
+            sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// Runs one more command in it, to its end.
