@@ -6,7 +6,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_release},
     programs::SkBuffContext,
 };
-use metadata_proxy_common::{Counter, FlowKey, IMDS_V4, IMDS_V6, LISTENER_V4, VERDICT_REDIRECTED};
+use metadata_proxy_common::{Counter, FlowKey, IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_V4, VERDICT_REDIRECTED};
 
 use crate::maps::{FLOWS, client_of_packet, count, is_approved, is_ours, load, want_listener};
 
@@ -15,6 +15,8 @@ const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 const IPPROTO_TCP: u8 = 6;
 /// Version 4 and a header of five words: no IP options.
 const PLAIN_IPV4: u8 = 0x45;
+/// All but the flag that forbids fragments.
+const FRAGMENT: u16 = 0xbfff_u16.to_be();
 const TCP_SYN: u8 = 0x02;
 const TCP_ACK: u8 = 0x10;
 
@@ -38,7 +40,7 @@ fn v4(skb: &__sk_buff) -> bool {
         return true; // shorter than an IP header: it goes nowhere
     };
     match destination {
-        IMDS_V4 => guard(skb),
+        IMDS_V4 => is_answer_v4(skb) || guard(skb),
         LISTENER_V4 => to_listener(skb),
         _ => true,
     }
@@ -51,9 +53,37 @@ fn v6(skb: &__sk_buff) -> bool {
         _ => return true,
     }
     if load::<u32>(skb, 24) == Some(IMDS_V6[0]) && load::<u32>(skb, 28) == Some(0) && load::<u32>(skb, 32) == Some(0) {
-        return guard(skb);
+        return is_answer_v6(skb) || guard(skb);
     }
     true
+}
+
+/// An answer of a stand-in that has the service's address on this host's own loopback device: a client there connects
+/// from the very address that it connects to. Whatever else has the service's address on both ends comes from no
+/// connect(2) that we have approved; nothing of it leaves the host (`uplink`), nor gets to the service's port here.
+#[inline(always)]
+fn is_answer(skb: &__sk_buff, ports: usize) -> bool {
+    let port = IMDS_PORT.to_be();
+    load::<u16>(skb, ports) == Some(port) && load::<u16>(skb, ports + 2).is_some_and(|to| to != port)
+}
+
+#[inline(always)]
+fn is_answer_v4(skb: &__sk_buff) -> bool {
+    load::<u32>(skb, 12) == Some(IMDS_V4)
+        && load::<u8>(skb, 0) == Some(PLAIN_IPV4)
+        && load::<u8>(skb, 9) == Some(IPPROTO_TCP)
+        && load::<u16>(skb, 6).is_some_and(|fragment| fragment & FRAGMENT == 0)
+        && is_answer(skb, 20)
+}
+
+#[inline(always)]
+fn is_answer_v6(skb: &__sk_buff) -> bool {
+    load::<u32>(skb, 20) == Some(IMDS_V6[3])
+        && load::<u32>(skb, 8) == Some(IMDS_V6[0])
+        && load::<u32>(skb, 12) == Some(0)
+        && load::<u32>(skb, 16) == Some(0)
+        && load::<u8>(skb, 6) == Some(IPPROTO_TCP)
+        && is_answer(skb, 40)
 }
 
 /// Default deny: only sockets that connect(2) has approved talk to the real service.

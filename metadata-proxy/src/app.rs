@@ -1,6 +1,7 @@
 //! The composition root: builds everything from the configuration, runs it, and takes it down.
 
 mod interception;
+mod systemd;
 
 use std::{
     convert::Infallible,
@@ -19,19 +20,19 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     admin::{Admin, client},
     audit::Audit,
     check,
-    config::{self, BadConfig, Config},
+    config::{self, BadConfig, Config, Place},
     containers::{Registry, docker::Engine},
     credentials::{Aws, Store},
     exemptions::Exemptions,
     identity::Home,
     imds::{Imds, Rest},
-    interceptor::{self, Interceptor},
+    interceptor::{self, Interceptor, preflight},
     listeners::Listeners,
     log_limit::LogLimit,
     metrics::{self, Metrics},
@@ -54,16 +55,36 @@ const QUEUE: usize = 1024;
 
 /// `reload` reads the configuration anew.
 pub(crate) fn run(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -> anyhow::Result<()> {
+    see_cgroups(&config.place);
     runtime()?.block_on(serve(config, reload))
+}
+
+/// Attaches what `run` attaches, and leaves it to whatever daemon comes.
+pub(crate) fn attach(place: &Place) -> anyhow::Result<()> {
+    see_cgroups(place);
+    runtime()?.block_on(interception::leave(place))
 }
 
 pub(crate) fn check(config: &Config, config_only: bool) -> anyhow::Result<()> {
     if config_only {
         check::configuration_only(config);
-    } else if !runtime()?.block_on(check::run(config)) {
+        return Ok(());
+    }
+    see_cgroups(&config.place);
+    if !runtime()?.block_on(check::run(config)) {
         bail!("this host lacks something that is needed");
     }
     Ok(())
+}
+
+/// Before there are threads: each has a cgroup namespace of its own. Below a cgroup that was given it is as it is, unless
+/// processes could not be found there. Whether all is in sight then, `preflight` says.
+fn see_cgroups(place: &Place) {
+    if (place.is_whole_host() || preflight::cgroup2_mount().is_err())
+        && let Err(error) = preflight::enter_host_cgroups()
+    {
+        debug!("{error:#}");
+    }
 }
 
 pub(crate) fn ps(socket: &Path, json: bool) -> anyhow::Result<()> {
@@ -195,7 +216,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         audit.end().await;
     }
     for (counter, value) in interceptor.counters() {
-        tracing::debug!(?counter, value, "count");
+        debug!(?counter, value, "count");
     }
     if ended.is_ok() {
         info!("ended; the interception stays in force (`metadata-proxy detach` removes it)");

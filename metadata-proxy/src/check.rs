@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail};
 use tokio::time::timeout;
 
 use crate::{
-    config::{self, Config},
+    config::{self, Config, Place},
     containers::{cgroup, docker::Engine},
     credentials::{Aws, CLOCK_TOLERANCE},
     interceptor::{self, features, preflight},
@@ -25,11 +25,11 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.line("configuration", Ok(configuration(config)));
     table.line("kernel", kernel());
     table.line("capabilities", preflight::capabilities().map(|()| "all there".to_owned()));
-    table.line("cgroup2", cgroups(config));
+    table.line("cgroup2", cgroup2(&config.place));
     table.line("host's processes", on_whole_host(config, preflight::host_processes));
     table.line("host's network", on_whole_host(config, preflight::host_network));
-    let bpffs = preflight::bpffs(&config.bpffs, config.is_whole_host());
-    table.line("bpffs", bpffs.map(|()| config.bpffs.display().to_string()));
+    let bpffs = preflight::bpffs(&config.place.bpffs, config.place.is_whole_host());
+    table.line("bpffs", bpffs.map(|()| config.place.bpffs.display().to_string()));
     table.line("tracefs", preflight::tracefs().map(|()| "mounted".to_owned()));
     table.line("network namespaces", netns::current_cookie().map(|cookie| format!("the host's has cookie {cookie}")));
     table.line("BPF programs", interceptor::try_load().map(|()| "the kernel accepts all of them".to_owned()));
@@ -74,7 +74,7 @@ fn configuration(config: &Config) -> String {
 }
 
 fn on_whole_host(config: &Config, look: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<String> {
-    if !config.is_whole_host() {
+    if !config.place.is_whole_host() {
         return Ok("not looked at, for --cgroup is given".to_owned());
     }
     look().map(|()| "in sight".to_owned())
@@ -91,8 +91,8 @@ fn kernel() -> anyhow::Result<String> {
     Ok(format!("{} {}", name.sysname().to_string_lossy(), name.release().to_string_lossy()))
 }
 
-fn cgroups(config: &Config) -> anyhow::Result<String> {
-    let attached = preflight::cgroup(config.cgroup.as_deref())?;
+fn cgroup2(place: &Place) -> anyhow::Result<String> {
+    let attached = preflight::cgroup(place.cgroup.as_deref())?;
     let mount = preflight::cgroup2_mount()?;
     let mode = if mount == std::path::Path::new("/sys/fs/cgroup") { "version 2" } else { "hybrid" };
     Ok(format!("{} ({mode})", attached.display()))

@@ -24,9 +24,17 @@ pub(crate) enum Command {
     /// Intercept and serve until SIGTERM or SIGINT.
     ///
     /// When it ends, the interception stays: containers get connection errors, never the real
-    /// service, until the daemon runs again or `detach` is called.
+    /// service, until the daemon runs again or `detach` is called. So it is where the configuration
+    /// is wrong.
     #[command(after_help = RUN_HELP)]
     Run(Run),
+    /// Intercept, and leave the rest to `run`: containers get connection errors until then.
+    ///
+    /// For the first moments of a boot. Needs no configuration, no engine, no network and no AWS;
+    /// where the programs are attached already, it puts its own in their place.
+    ///
+    /// Exit status: 0 if it is done, 1 if this host lacks something that is needed.
+    Attach(Place),
     /// Say whether this host has what `run` with the same flags needs, and what to do where not.
     ///
     /// Exit status: 0 if it has, 64 for bad configuration, 1 if something is missing.
@@ -78,11 +86,6 @@ pub(crate) struct Run {
     #[arg(long, env = "DOCKER_HOST", value_name = "URL")]
     pub(crate) docker_host: Option<String>,
 
-    /// Intercept below this cgroup only, in whatever namespaces the daemon is [default: the root of the cgroup2
-    /// hierarchy, and the host's namespaces only]
-    #[arg(long, env = "METADATA_PROXY_CGROUP", value_parser = path(), value_name = "PATH")]
-    pub(crate) cgroup: Option<PathBuf>,
-
     /// Role of containers that name none: NAME, PATH/NAME, NAME@ACCOUNT or an ARN [default: no role]
     #[arg(long, env = "DEFAULT_IAM_ROLE", value_name = "ROLE")]
     pub(crate) default_role: Option<String>,
@@ -130,7 +133,7 @@ pub(crate) struct Run {
     pub(crate) config: Option<PathBuf>,
 
     #[command(flatten)]
-    pub(crate) bpffs: Bpffs,
+    pub(crate) place: Place,
 
     #[command(flatten)]
     pub(crate) admin_socket: AdminSocket,
@@ -152,6 +155,18 @@ pub(crate) struct Run {
     /// [default: info]
     #[arg(long, env = "METADATA_PROXY_LOG", value_name = "FILTER")]
     pub(crate) log: Option<String>,
+}
+
+/// Where the programs are attached and pinned.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Place {
+    /// Intercept below this cgroup only, in whatever namespaces the daemon is [default: the root of the cgroup2
+    /// hierarchy, and the host's namespaces only]
+    #[arg(long, env = "METADATA_PROXY_CGROUP", value_parser = path(), value_name = "PATH")]
+    pub(crate) cgroup: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) bpffs: Bpffs,
 }
 
 #[derive(Debug, Clone, Args)]

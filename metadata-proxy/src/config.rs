@@ -2,6 +2,7 @@
 
 mod fixed;
 mod limits;
+mod place;
 mod rules;
 mod sts;
 
@@ -16,6 +17,7 @@ use std::{
 
 pub(crate) use fixed::Fixed;
 use hyper::Uri;
+pub(crate) use place::Place;
 use serde::Deserialize;
 
 use crate::{
@@ -35,8 +37,7 @@ pub(crate) struct BadConfig(String);
 #[derive(Debug)]
 pub(crate) struct Config {
     pub(crate) docker_host: String,
-    pub(crate) cgroup: Option<PathBuf>,
-    pub(crate) bpffs: PathBuf,
+    pub(crate) place: Place,
     pub(crate) identity: identity::Settings,
     pub(crate) trust_image_metadata: bool,
     pub(crate) credentials: credentials::Settings,
@@ -108,16 +109,10 @@ struct UpstreamTable {
     container_labels: bool,
 }
 
-pub(crate) const BPFFS: &str = "/sys/fs/bpf";
 const DOCKER_HOST: &str = "unix:///var/run/docker.sock";
 const IMDS_ENDPOINT: &str = "http://169.254.169.254";
 
 impl Config {
-    /// Else for a part of it, such as a test has, whose namespaces may be other than the host's.
-    pub(crate) fn is_whole_host(&self) -> bool {
-        self.cgroup.is_none()
-    }
-
     pub(crate) fn resolve(run: Run) -> Result<Self, BadConfig> {
         let Some(path) = given_path(run.config.clone()) else { return Self::with_file(run, "", "") };
         let file_name = path.display().to_string();
@@ -199,8 +194,7 @@ impl Config {
             .map_err(|(address, error)| BadConfig(format!("{origin} {address:?}: {error}; expected IP:PORT")))?;
         Ok(Self {
             docker_host,
-            cgroup: given_path(run.cgroup).or(file.cgroup),
-            bpffs: given_path(run.bpffs.path).or(file.bpffs).unwrap_or_else(|| BPFFS.into()),
+            place: run.place.resolve(file.cgroup, file.bpffs),
             identity,
             trust_image_metadata: run.trust_image_metadata || file.trust_image_metadata,
             credentials: file.sts.settings().map_err(|error| BadConfig(format!("{file_name}: [sts]: {error}")))?,
@@ -217,6 +211,7 @@ impl Config {
     }
 }
 
+/// An empty one is as good as none.
 fn given_path(value: Option<PathBuf>) -> Option<PathBuf> {
     value.filter(|value| !value.as_os_str().is_empty())
 }

@@ -17,6 +17,7 @@ mod identity;
 mod imds;
 mod interceptor;
 mod listeners;
+mod log;
 mod log_limit;
 mod metrics;
 mod netns;
@@ -30,9 +31,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use cli::{Cli, Command, LogFormat};
-use config::Config;
-use tracing::{Level, Metadata};
-use tracing_subscriber::{EnvFilter, filter::filter_fn, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+use config::{Config, Place};
 
 /// `EX_USAGE` of sysexits(3).
 const BAD_CONFIGURATION: u8 = 64;
@@ -48,32 +47,42 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(run) => match Config::resolve(run.clone()) {
             Ok(config) => {
-                start_log(&config);
+                log::start(config.log_format, &config.log);
                 app::run(config, move || Config::resolve(run.clone()))
             }
-            Err(error) => return refuse(&error.to_string()),
+            Err(error) => return refuse(&format!("{error}; {}", attached_all_the_same(run))),
         },
+        Command::Attach(place) => {
+            log::start(LogFormat::Text, "info");
+            app::attach(&place.resolve(None, None))
+        }
         Command::Check { run, config_only } => match Config::resolve(run) {
             Ok(config) => app::check(&config, config_only),
             Err(error) => return refuse(&error.to_string()),
         },
         Command::Ps { socket, json } => app::ps(&socket.path(), json),
         Command::Explain { socket, container } => app::explain(&socket.path(), &container),
-        Command::Detach { bpffs, socket } => {
-            app::detach(&bpffs.path.unwrap_or_else(|| config::BPFFS.into()), &socket.path())
-        }
+        Command::Detach { bpffs, socket } => app::detach(&bpffs.path(), &socket.path()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("metadata-proxy: {error:#}");
+            log::last_words(&format!("{error:#}"));
             ExitCode::FAILURE
         }
     }
 }
 
+/// Whoever has no configuration serves nobody; that is no reason to let containers have the host's role.
+fn attached_all_the_same(run: cli::Run) -> String {
+    match app::attach(&Place::of_wrong(run)) {
+        Ok(()) => "until it is right, containers get errors".to_owned(),
+        Err(error) => format!("and containers are not intercepted: {error:#}"),
+    }
+}
+
 fn refuse(reason: &str) -> ExitCode {
-    eprintln!("metadata-proxy: {reason}");
+    log::last_words(reason);
     ExitCode::from(BAD_CONFIGURATION)
 }
 
@@ -82,22 +91,4 @@ fn one_line(message: &str) -> String {
     let lines = message.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
     let text = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
     text.strip_prefix("error: ").unwrap_or(&text).to_owned()
-}
-
-fn start_log(config: &Config) {
-    let log = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(&config.log)).with_writer(std::io::stderr);
-    match config.log_format {
-        LogFormat::Text => {
-            log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-                .finish()
-                .with(filter_fn(has_no_secrets))
-                .init();
-        }
-        LogFormat::Json => log.json().finish().with(filter_fn(has_no_secrets)).init(),
-    }
-}
-
-/// The AWS SDK's finest level shows requests with all their headers, in which there are session tokens.
-fn has_no_secrets(line: &Metadata<'_>) -> bool {
-    *line.level() != Level::TRACE || !line.target().starts_with("aws_")
 }

@@ -16,12 +16,12 @@ use rustix::{
     process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit},
     time::{ClockId, clock_getres},
 };
-use sd_notify::NotifyState;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
+use super::systemd;
 use crate::{
-    config::Config,
+    config::{Config, Place},
     containers::cgroup,
     exemptions::Exemptions,
     interceptor::{self, Interceptor, Uplinks, WantedEvents, features, preflight},
@@ -47,30 +47,9 @@ pub(super) async fn start(
     config: &Config,
     background: &mut JoinSet<anyhow::Result<Infallible>>,
 ) -> anyhow::Result<Interception> {
-    // A core dump would have every secret in it, and lie on a disk.
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("cannot rule out core dumps")?;
-    preflight::capabilities()?;
-    features::require()?;
-    raise_file_limit();
-    let cgroup = preflight::cgroup(config.cgroup.as_deref())?;
-    let cgroup2 = preflight::cgroup2_mount()?;
-    if config.is_whole_host() {
-        preflight::host_processes()?;
-        preflight::host_network()?;
-    }
-    preflight::bpffs(&config.bpffs, config.is_whole_host())?;
-    preflight::tracefs()?;
-
-    let worker = netns::Worker::start()?;
-    let settings = settings()?;
+    let Prepared { cgroup, cgroup2, settings, worker } = prepare(&config.place)?;
     let exemptions = Arc::new(Exemptions::new(config.exempt_cgroups.clone(), cgroup2.clone()));
-    let options = interceptor::Options {
-        cgroup: &cgroup,
-        bpffs: &config.bpffs,
-        settings,
-        debug: tracing::enabled!(target: "metadata_proxy", tracing::Level::DEBUG),
-        worker: worker.clone(),
-    };
+    let options = options(&config.place, &cgroup, settings, &worker);
     let (interceptor, wanted, uplinks) = Interceptor::attach(options, |interceptor| {
         know_cgroups(interceptor, &cgroup2)?;
         exemptions.enact(interceptor);
@@ -81,10 +60,57 @@ pub(super) async fn start(
     let guard = uplinks.guard_host().await.context("cannot guard the uplinks")?;
     background.spawn(async { Ok(guard.await) });
     info!(cgroup = %cgroup.display(), "attached: no container reaches the real metadata service by itself");
-    if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
-        warn!("cannot tell systemd that the programs are attached: {error}");
-    }
+    systemd::ready();
+    background.spawn(systemd::watch(worker.clone()));
     Ok(Interception { interceptor, wanted, uplinks, worker, host_netns: settings.host_netns, cgroup2, exemptions })
+}
+
+/// The same without a daemon: what is attached stays, and lets no container through to anything.
+pub(super) async fn leave(place: &Place) -> anyhow::Result<()> {
+    let Prepared { cgroup, cgroup2, settings, worker } = prepare(place)?;
+    let (_, _, uplinks) = Interceptor::attach(options(place, &cgroup, settings, &worker), |interceptor| {
+        // A daemon that runs has told more of those that it knows.
+        let known = interceptor.cgroups();
+        let unknown = cgroup::all(&cgroup2).into_iter().filter(|cgroup| !known.contains(cgroup));
+        unknown.into_iter().try_for_each(|cgroup| interceptor.add_container(cgroup))
+    })?;
+    drop(Arc::new(uplinks).guard_host().await.context("cannot guard the uplinks")?);
+    info!(cgroup = %cgroup.display(), "attached: no container reaches the real metadata service, and none is served until the daemon runs");
+    Ok(())
+}
+
+struct Prepared {
+    cgroup: PathBuf,
+    cgroup2: PathBuf,
+    settings: Settings,
+    worker: netns::Worker,
+}
+
+fn prepare(place: &Place) -> anyhow::Result<Prepared> {
+    // A core dump would have every secret in it, and lie on a disk.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("cannot rule out core dumps")?;
+    preflight::capabilities()?;
+    features::require()?;
+    raise_file_limit();
+    let cgroup = preflight::cgroup(place.cgroup.as_deref())?;
+    let cgroup2 = preflight::cgroup2_mount()?;
+    if place.is_whole_host() {
+        preflight::host_processes()?;
+        preflight::host_network()?;
+    }
+    preflight::bpffs(&place.bpffs, place.is_whole_host())?;
+    preflight::tracefs()?;
+    Ok(Prepared { cgroup, cgroup2, settings: settings()?, worker: netns::Worker::start()? })
+}
+
+fn options<'a>(
+    place: &'a Place,
+    cgroup: &'a Path,
+    settings: Settings,
+    worker: &netns::Worker,
+) -> interceptor::Options<'a> {
+    let debug = tracing::enabled!(target: "metadata_proxy", tracing::Level::DEBUG);
+    interceptor::Options { cgroup, bpffs: &place.bpffs, settings, debug, worker: worker.clone() }
 }
 
 /// The containers' cgroups that were there before the programs: from then on the kernel itself notes

@@ -10,8 +10,7 @@ impl Config {
         // All of it: what is new is a mistake here until somebody has thought of it.
         let Self {
             docker_host,
-            cgroup,
-            bpffs,
+            place,
             identity: _,
             trust_image_metadata,
             credentials,
@@ -27,8 +26,8 @@ impl Config {
         } = self;
         vec![
             ("docker-host", docker_host.clone()),
-            ("cgroup", format!("{cgroup:?}")),
-            ("bpffs", format!("{bpffs:?}")),
+            ("cgroup", format!("{:?}", place.cgroup)),
+            ("bpffs", format!("{:?}", place.bpffs)),
             ("trust-image-metadata", trust_image_metadata.to_string()),
             ("[sts]", format!("{credentials:?}")),
             ("upstream or simulation", format!("{upstream:?}")),

@@ -1,8 +1,8 @@
 //! What must hold before anything is attached; each thing missing is named with its remedy.
 
 use std::{
-    fs,
-    os::unix::fs::MetadataExt as _,
+    fs::{self, File},
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use rustix::{
     fs::statfs,
     mount::{MountFlags, mount},
-    thread::CapabilitySet,
+    thread::{CapabilitySet, LinkNameSpaceType, move_into_link_name_space},
 };
 use tracing::info;
 
@@ -52,9 +52,9 @@ pub(crate) fn cgroup(given: Option<&Path>) -> anyhow::Result<PathBuf> {
         return Ok(path.to_owned());
     }
     let mount = cgroup2_mount()?;
-    if fs::metadata(&mount).map(|root| root.ino()).ok() != Some(1) {
+    if !is_root_cgroup(&mount) {
         bail!(
-            "{} is not the host's root cgroup: the daemon sees only a part of the hierarchy. Run it in the host's cgroup namespace (docker run --cgroupns=host), or give --cgroup",
+            "{} is not the host's root cgroup: the daemon sees only a part of the hierarchy. Give it the host's (docker run --cgroupns=host, or --pid=host -v /sys/fs/cgroup:/sys/fs/cgroup), or give --cgroup",
             mount.display()
         );
     }
@@ -64,30 +64,78 @@ pub(crate) fn cgroup(given: Option<&Path>) -> anyhow::Result<PathBuf> {
 /// Where cgroup2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified on a hybrid host.
 pub(crate) fn cgroup2_mount() -> anyhow::Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
-    // The last one that can be seen: a later mount may hide an earlier one.
-    let mounted = |path: &PathBuf| statfs(path).is_ok_and(|fs| fs.f_type.cast_unsigned() == CGROUP2_MAGIC);
-    mounts.lines().filter_map(cgroup2_mount_point).rfind(mounted).context(
-        "no cgroup2 hierarchy is mounted, and identity rests on it. On a host with cgroup v1 only, boot with systemd.unified_cgroup_hierarchy=1 (or =0 with systemd.legacy_systemd_cgroup_controller=0 for hybrid); elsewhere: mount -t cgroup2 none /sys/fs/cgroup",
-    )
+    let visible: Vec<Mount<'_>> = mounts.lines().filter_map(Mount::of_cgroup2).filter(Mount::is_visible).collect();
+    // Of several the root, and then the last: a later one may hide an earlier one.
+    let whole = visible.iter().rev().filter(|mount| mount.root == "/");
+    match whole.max_by_key(|mount| is_root_cgroup(mount.target)) {
+        Some(mount) => Ok(mount.target.to_owned()),
+        None if visible.is_empty() => bail!(
+            "no cgroup2 hierarchy is mounted, and identity rests on it. On a host with cgroup v1 only, boot with systemd.unified_cgroup_hierarchy=1 (or =0 with systemd.legacy_systemd_cgroup_controller=0 for hybrid); elsewhere: mount -t cgroup2 none /sys/fs/cgroup"
+        ),
+        None => bail!(
+            "the cgroup2 mounts here are of another cgroup namespace than /proc/PID/cgroup, so no process would be found in its container. Run the daemon in the host's (docker run --cgroupns=host; where that cannot be said, --pid=host)"
+        ),
+    }
+}
+
+/// The root of a hierarchy has this inode number, and no other cgroup in it.
+fn is_root_cgroup(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|root| root.ino() == 1)
 }
 
 /// `36 35 0:31 / /sys/fs/cgroup rw,... shared:9 - cgroup2 cgroup2 rw`
-fn cgroup2_mount_point(line: &str) -> Option<PathBuf> {
-    let (mount, filesystem) = line.split_once(" - ")?;
-    filesystem.starts_with("cgroup2 ").then_some(())?;
-    mount.split(' ').nth(4).map(PathBuf::from)
+#[derive(Debug, PartialEq, Eq)]
+struct Mount<'a> {
+    /// Of the hierarchy, as the cgroup namespace of the reader has it: `/` is that namespace's own root, by which
+    /// /proc/PID/cgroup names paths, too; `/../..` lies above it.
+    root: &'a str,
+    target: &'a Path,
+}
+
+impl<'a> Mount<'a> {
+    fn of_cgroup2(line: &'a str) -> Option<Self> {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        filesystem.starts_with("cgroup2 ").then_some(())?;
+        let mut fields = mount.split(' ').skip(3);
+        Some(Self { root: fields.next()?, target: Path::new(fields.next()?) })
+    }
+
+    /// Not hidden by a later mount, and a directory: systemd binds a unit's file `memory.pressure` over itself.
+    fn is_visible(&self) -> bool {
+        let cgroup2 = statfs(self.target).is_ok_and(|fs| fs.f_type.cast_unsigned() == CGROUP2_MAGIC);
+        cgroup2 && self.target.is_dir()
+    }
+}
+
+/// Has the calling thread, and those that it starts, see cgroups as the host's first process does.
+///
+/// With cgroup v2 Docker gives even privileged containers a cgroup namespace of their own, in which /proc/PID/cgroup
+/// leads nowhere, and an ECS task definition cannot say otherwise. With the host's processes in sight we go there
+/// by ourselves. Without them `host_processes` says what is missing.
+pub(crate) fn enter_host_cgroups() -> anyhow::Result<()> {
+    if host_processes().is_err() || is_initial("self", "cgroup")? {
+        return Ok(());
+    }
+    let namespace = File::open("/proc/1/ns/cgroup").context("cannot open /proc/1/ns/cgroup")?;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::ControlGroup))
+        .context("cannot enter the host's cgroup namespace")
 }
 
 /// The programs tell of processes by their ids in the host's initial namespace, and so does the engine.
 pub(crate) fn host_processes() -> anyhow::Result<()> {
-    // The same on every kernel since Linux 3.8 (`PROC_PID_INIT_INO`).
-    const INITIAL: u64 = 0xefff_fffc;
-    if namespace("self", "pid")?.ino() != INITIAL {
+    if !is_initial("self", "pid")? {
         bail!(
             "the daemon is in a process namespace of its own, and would take one process for another. Run it in the host's (docker run --pid=host)"
         );
     }
     Ok(())
+}
+
+/// Whether a process is in the namespace of this kind that the kernel itself has made. Its inode number is the same on
+/// every kernel since Linux 3.8 (`PROC_PID_INIT_INO`) and 4.6 (`PROC_CGROUP_INIT_INO`).
+fn is_initial(process: &str, kind: &str) -> anyhow::Result<bool> {
+    let initial = if kind == "pid" { 0xefff_fffc } else { 0xefff_fffb };
+    Ok(namespace(process, kind)?.ino() == initial)
 }
 
 /// The namespace that we are in is taken for the host's, and its processes for the host's own.
@@ -153,10 +201,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finds_the_cgroup2_mount_of_hybrid_and_unified_hosts() {
+    fn finds_the_cgroup2_mounts_of_hybrid_and_unified_hosts_and_of_units() {
+        let mount = |line| Mount::of_cgroup2(line).map(|mount| (mount.root, mount.target.to_str().unwrap()));
         let line = "44 30 0:39 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw";
-        assert_eq!(cgroup2_mount_point(line), Some(PathBuf::from("/sys/fs/cgroup/unified")));
+        assert_eq!(mount(line), Some(("/", "/sys/fs/cgroup/unified")));
         let v1 = "43 30 0:38 / /sys/fs/cgroup/pids rw,relatime shared:8 - cgroup cgroup rw,pids";
-        assert_eq!(cgroup2_mount_point(v1), None);
+        assert_eq!(mount(v1), None);
+        let file = "/system.slice/x.service/memory.pressure";
+        let line = format!("61 36 0:27 {file} /sys/fs/cgroup{file} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate");
+        assert_eq!(Mount::of_cgroup2(&line).map(|mount| mount.root), Some(file));
+        let line = "713 700 0:27 /../.. /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate";
+        assert_eq!(mount(line), Some(("/../..", "/sys/fs/cgroup")));
+        // A file is no hierarchy, and neither is a directory elsewhere.
+        assert!(!Mount { root: "/", target: Path::new("/proc/self/mountinfo") }.is_visible());
+        assert!(!Mount { root: "/", target: Path::new("/proc") }.is_visible());
     }
 }

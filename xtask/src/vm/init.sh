@@ -51,8 +51,6 @@ mount -t tracefs tracefs /sys/kernel/tracing
 ip link set lo up
 ip address add 169.254.169.254/32 dev lo
 ip address add fd00:ec2::254/128 dev lo
-# A connection from the host itself must not come from the address, or the answers of the stand-in would be packets to it.
-ip route replace local 169.254.169.254 dev lo table local scope host src 127.0.0.1
 # A device that the daemon takes for an uplink; nothing is at its other end.
 ip link add up0 type veth peer name beyond0
 ip link set up0 up
