@@ -1,6 +1,7 @@
 //! metadata-proxy: gives every Docker container on a host its own IAM role.
 //!
-//! A library only so that the fuzz targets reach the parsers; there is no interface but the program's.
+//! A library only so that the fuzz targets reach the parsers, and the manual the command line; there is no interface but the
+//! program's.
 
 mod admin;
 mod app;
@@ -28,7 +29,7 @@ mod workload;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 use cli::{Cli, Command, LogFormat};
 use config::Config;
 use tracing::{Level, Metadata};
@@ -36,6 +37,12 @@ use tracing_subscriber::{EnvFilter, filter::filter_fn, layer::SubscriberExt as _
 
 /// `EX_USAGE` of sysexits(3).
 const BAD_CONFIGURATION: u8 = 64;
+
+/// The command line, for its manual (`examples/manual.rs`).
+#[doc(hidden)]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
 
 /// The program.
 pub fn main() -> ExitCode {

@@ -3,11 +3,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context as _, bail};
 
-use crate::{cargo, install, run, workspace};
+use crate::{cargo, install, run, target::Target, workspace};
 
 const TARGET: &str = "bpfel-unknown-none";
 
@@ -39,16 +40,36 @@ pub(crate) fn ebpf() -> anyhow::Result<PathBuf> {
 pub(crate) fn daemon(release: bool) -> anyhow::Result<PathBuf> {
     ebpf()?;
     install::c_toolchain()?;
-    let mut build = cargo();
-    build.args(["build", "--quiet", "--package", "metadata-proxy"]);
-    if release {
-        build.arg("--release");
-    }
-    run(&mut build)?;
-    binary(if release { "release" } else { "debug" }, "metadata-proxy")
+    run(&mut build(release))?;
+    binary(profile(release), "metadata-proxy")
 }
 
-/// A program that cargo has built.
+/// As [`daemon`], for any processor. The BPF object is the same for all of them.
+pub(crate) fn daemon_for(target: Target, release: bool) -> anyhow::Result<PathBuf> {
+    if target.is_native() {
+        return daemon(release);
+    }
+    ebpf()?;
+    install::c_toolchain()?;
+    let compiler = install::cross_compiler(target)?;
+    let mut build = build(release);
+    build.args(["--target", target.triple]);
+    compiler.apply(&mut build);
+    run(&mut build)?;
+    binary(&format!("{}/{}", target.triple, profile(release)), "metadata-proxy")
+}
+
+fn build(release: bool) -> Command {
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--package", "metadata-proxy"]).args(release.then_some("--release"));
+    build
+}
+
+fn profile(release: bool) -> &'static str {
+    if release { "release" } else { "debug" }
+}
+
+/// A program that cargo has built; `profile` is a folder of its target folder.
 pub(crate) fn binary(profile: &str, name: &str) -> anyhow::Result<PathBuf> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new("target").to_owned(), PathBuf::from);
     let path = workspace()?.join(target).join(profile).join(name);

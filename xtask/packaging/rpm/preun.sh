@@ -1,0 +1,8 @@
+# $1 is how many versions will be left; with one, this is an upgrade, and the other's scripts hand over.
+[ "$1" -eq 0 ] || exit 0
+if command -v systemctl > /dev/null; then
+	systemctl --quiet disable --now metadata-proxy.service metadata-proxy-attach.service || :
+fi
+# Its programs stay attached when it has stopped, and without the binary nothing could remove them.
+metadata-proxy detach ||
+	echo "metadata-proxy: its programs may still be attached, and containers without the metadata service until the next boot" >&2
