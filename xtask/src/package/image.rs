@@ -16,10 +16,10 @@ use super::{
     VERSION,
     archive::{Archive, gzip},
     elf::Needs,
-    stage::{BINARY, DOCUMENTS, File, read},
+    stage::{BINARY, DOCUMENTS, File, make_empty, read},
     sum,
 };
-use crate::{install, install::CERTIFICATES, target::Target};
+use crate::{install, install::CERTIFICATES, target::Target, workspace};
 
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -28,7 +28,9 @@ const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
 /// The image of these files; `time` is when all of it was made.
 pub(super) fn make(files: &[File], needs: &Needs, target: Target, time: u64) -> anyhow::Result<Vec<u8>> {
-    let system = install::image_system(target)?;
+    let system = workspace()?.join("target/image-system");
+    make_empty(&system)?;
+    install::image_system(target, &system)?;
     archive(&layer(files, needs, target, &system, time)?, target, time)
 }
 
