@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 
 use crate::{cargo, install, run, target::Target, workspace};
 
-const TARGET: &str = "bpfel-unknown-none";
+pub(crate) const BPF_TARGET: &str = "bpfel-unknown-none";
 
 /// Compiles the BPF programs; the object lies where the daemon's build script looks for it.
 pub(crate) fn ebpf() -> anyhow::Result<PathBuf> {
@@ -21,14 +21,15 @@ pub(crate) fn ebpf() -> anyhow::Result<PathBuf> {
     let flags = [format!("-Clinker={}", linker.display()), "-Cdebuginfo=2".into(), "-Clink-arg=--btf".into()];
     let mut build = toolchain.cargo();
     build
-        .args(["build", "--quiet", "--release", "--locked", "--target", TARGET, "--target-dir"])
+        .args(["build", "--quiet", "--release", "--locked", "--target", BPF_TARGET, "--target-dir"])
         .arg(&target)
         .current_dir("metadata-proxy-ebpf")
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     run(&mut build)?;
 
     let object = target.join("metadata-proxy.o");
-    let built = fs::read(target.join(TARGET).join("release/metadata-proxy")).context("the linker left no object")?;
+    let built =
+        fs::read(target.join(BPF_TARGET).join("release/metadata-proxy")).context("the linker left no object")?;
     // Left alone when it is the same, lest the daemon be built again.
     if fs::read(&object).ok().as_ref() != Some(&built) {
         fs::write(&object, built).with_context(|| format!("cannot write {}", object.display()))?;

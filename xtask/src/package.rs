@@ -1,5 +1,5 @@
 //! `cargo xtask package`: what is handed out, in `target/package`. Debian's and Red Hat's packages, an archive for other
-//! systems, a container image, the list of what has gone into it, and the sums of all these.
+//! systems, a container image, lists of what has gone into the daemon and its BPF programs, and the sums of all these.
 //!
 //! Made twice of one commit they are the same: their files are of the time of the commit, or of `SOURCE_DATE_EPOCH`.
 #![expect(clippy::print_stdout, reason = "the table is its standard output")]
@@ -43,25 +43,29 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<()> {
 
     let files = stage::files(&daemon, &workspace()?.join("target/manual"))?;
     stage::lay_out(&files, &workspace()?.join("target/stage"))?;
-    let stem = format!("metadata-proxy-{VERSION}-{}", target.machine);
-    let write = |ending: &str, content: &[u8]| {
-        let path = output.join(format!("{stem}{ending}"));
+    let write = |name: String, content: &[u8]| {
+        let path = output.join(name);
         fs::write(&path, content).with_context(|| format!("write {}", path.display())).map(|()| path)
     };
+    let stem = format!("metadata-proxy-{VERSION}-{}", target.machine);
+    let crates = tools::parts("metadata-proxy", target.triple, time)?;
+    let bpf_crates = tools::parts("metadata-proxy-ebpf", build::BPF_TARGET, time)?;
     let made = [
         tools::deb(&output, target, time)?,
         tools::rpm(&output, target, &needs, time)?,
-        write(".tar.gz", &plain(&files, &stem, time)?)?,
-        write(".image.tar", &image::make(&files, &needs, target, time)?)?,
-        write(".cdx.json", &tools::parts(target, time)?)?,
+        write(format!("{stem}.tar.gz"), &plain(&files, &stem, time)?)?,
+        write(format!("{stem}.image.tar"), &image::make(&files, &needs, target, time)?)?,
+        write(format!("{stem}.cdx.json"), crates.as_bytes())?,
+        // Of the same programs for all processors.
+        write(format!("metadata-proxy-ebpf-{VERSION}.cdx.json"), bpf_crates.as_bytes())?,
     ];
     write_sums(&output)?;
 
-    println!("{:<48} {:>10} {:<14} {:<7}", "file", "size", "needs glibc", "processor");
+    println!("{:<48} {:>9}  {:<12} processor", "file", "size", "needs glibc");
     for file in &made {
         let size = fs::metadata(file).with_context(|| format!("look at {}", file.display()))?.len();
         let name = file.file_name().unwrap_or_default().display();
-        println!("{name:<48} {:>7.1} MB {:<14} {:<7}", size as f64 / 1e6, needs_by(file, glibc), target.machine);
+        println!("{name:<48} {:>6} kB  {:<12} {}", size / 1000, needs_by(file, glibc), target.machine);
     }
     println!("They are in {}, with their sums in {SUMS}.", output.display());
     Ok(())

@@ -20,7 +20,9 @@ pub(crate) struct CrossCompiler {
 }
 
 pub(crate) fn cross_compiler(target: Target) -> anyhow::Result<CrossCompiler> {
-    let (c, libc) = (format!("gcc-{}", target.gnu), format!("libc6-dev-{}-cross", target.debian));
+    // Names of packages have no underscores.
+    let c = format!("gcc-{}", target.gnu.replace('_', "-"));
+    let libc = format!("libc6-dev-{}-cross", target.debian);
     apt::install(&format!("a compiler for {}", target.machine), &[RUST, &c, &libc], apt::Removal::Never)?;
     let version = ask("dpkg-query", &["--show", "--showformat=${Version}", RUST]);
     let version = version.with_context(|| format!("{RUST} was installed, but dpkg-query does not know it"))?;

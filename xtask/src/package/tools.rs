@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use serde_json::Value;
 
 use super::{VERSION, elf::Needs, stage::read};
-use crate::{cargo, forget_ourselves, install, install::quietly, target::Target};
+use crate::{cargo, forget_ourselves, install, install::quietly, target::Target, workspace};
 
 const PACKAGE: &str = "metadata-proxy";
 const PARTS: &str = "metadata-proxy-parts";
@@ -39,34 +39,34 @@ fn requires(needs: &Needs) -> String {
     format!("requires = {{ {} }}", names.join(", "))
 }
 
-/// All crates that have gone into the daemon, with their versions and licences (CycloneDX).
-pub(super) fn parts(target: Target, time: u64) -> anyhow::Result<Vec<u8>> {
+/// All crates that have gone into the one in this folder, with their versions and licences (CycloneDX).
+pub(super) fn parts(folder: &str, triple: &str, time: u64) -> anyhow::Result<String> {
+    let workspace = workspace()?;
+    let folder = workspace.join(folder);
     let mut make = tool(&install::cargo_cyclonedx()?, time);
-    make.args(["cyclonedx", "--quiet", "--format", "json", "--spec-version", "1.5", "--target", target.triple]);
-    quietly(make.args(["--override-filename", PARTS]))?;
-    // It writes one for each crate of the workspace, beside its manifest.
-    let mut parts = None;
-    for (name, folder) in crates()? {
-        let file = folder.join(format!("{PARTS}.json"));
-        if name == PACKAGE {
-            parts = Some(read(&file)?);
-        }
+    make.args(["cyclonedx", "--quiet", "--format", "json", "--spec-version", "1.5", "--target", triple]);
+    quietly(make.args(["--override-filename", PARTS]).current_dir(&folder))?;
+    let name = format!("{PARTS}.json");
+    let parts = read(&folder.join(&name))?;
+    // It has written one for each crate of the workspace, beside its manifest.
+    for member in crates(&folder)? {
+        let file = member.join(&name);
         fs::remove_file(&file).with_context(|| format!("remove {}", file.display()))?;
     }
-    parts.with_context(|| format!("the workspace has no crate {PACKAGE}"))
+    // Where the workspace lies is nobody's business, and would make each list another.
+    let parts = String::from_utf8(parts).context("read the list of parts")?;
+    Ok(parts.replace(&format!("file://{}", workspace.display()), "file://"))
 }
 
-/// The crates of the workspace and their folders.
-fn crates() -> anyhow::Result<Vec<(String, PathBuf)>> {
-    let output = cargo().args(["metadata", "--no-deps", "--locked", "--format-version", "1"]).output();
-    let output = output.context("cannot run cargo metadata")?;
+/// The folders of the crates of a workspace.
+fn crates(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut ask = cargo();
+    ask.args(["metadata", "--no-deps", "--locked", "--format-version", "1"]).current_dir(folder);
+    let output = ask.output().context("cannot run cargo metadata")?;
     let metadata: Value = serde_json::from_slice(&output.stdout).context("read what cargo metadata says")?;
     let crates = metadata["packages"].as_array().context("cargo metadata names no crates")?.iter();
-    let found = crates.map(|found| {
-        let folder = Path::new(found["manifest_path"].as_str()?).parent()?;
-        Some((found["name"].as_str()?.to_owned(), folder.to_owned()))
-    });
-    found.collect::<Option<_>>().context("cargo metadata names a crate without name or folder")
+    let folder = |found: &Value| Some(Path::new(found["manifest_path"].as_str()?).parent()?.to_owned());
+    crates.map(folder).collect::<Option<_>>().context("cargo metadata names a crate without a folder")
 }
 
 /// Which all know this variable for the time of what they make.
