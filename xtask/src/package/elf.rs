@@ -138,6 +138,12 @@ mod tests {
     }
 
     #[test]
+    fn the_package_asks_for_no_older_one() {
+        let manifest = include_str!("../../../metadata-proxy/Cargo.toml");
+        assert!(manifest.contains(&format!("depends = \"libc6 (>= {OLDEST})\"")));
+    }
+
+    #[test]
     fn what_cannot_be_told_is_no_small_version() {
         assert!(needing(&["GLIBC_PRIVATE"]).check().is_err());
         assert!(needing(&["GCC_3.0"]).check().is_err());

@@ -177,3 +177,49 @@ impl Blobs {
 fn path(reference: &Value) -> String {
     format!("blobs/{}", reference["digest"].as_str().unwrap_or_default().replace(':', "/"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+
+    fn entries(archive: &[u8]) -> BTreeMap<String, Vec<u8>> {
+        let mut archive = tar::Archive::new(archive);
+        let read = archive.entries().unwrap().map(|entry| {
+            let mut entry = entry.unwrap();
+            let mut content = Vec::new();
+            entry.read_to_end(&mut content).unwrap();
+            (entry.path().unwrap().display().to_string(), content)
+        });
+        read.collect()
+    }
+
+    #[test]
+    fn both_manifests_lead_to_the_same_parts() {
+        let target = Target::named("aarch64-unknown-linux-gnu").unwrap();
+        let entries = entries(&archive(b"layer", target, 86_400).unwrap());
+        let json = |name: &str| -> Value { serde_json::from_slice(&entries[name]).unwrap() };
+
+        let reference = &json("index.json")["manifests"][0];
+        assert_eq!(reference["platform"]["architecture"], "arm64");
+        let manifest = json(&path(reference));
+        let docker = &json("manifest.json")[0];
+        assert_eq!(docker["Config"], path(&manifest["config"]));
+        assert_eq!(docker["Layers"], json!([path(&manifest["layers"][0])]));
+
+        let config = json(&path(&manifest["config"]));
+        assert_eq!(config["created"], "1970-01-02T00:00:00Z");
+        assert_eq!(config["rootfs"]["diff_ids"], json!([format!("sha256:{}", sum(b"layer"))]));
+        let mut layer = String::new();
+        let packed = &entries[&path(&manifest["layers"][0])];
+        flate2::read::GzDecoder::new(packed.as_slice()).read_to_string(&mut layer).unwrap();
+        assert_eq!(layer, "layer");
+
+        for (name, content) in
+            entries.iter().filter_map(|(path, content)| Some((path.strip_prefix("blobs/sha256/")?, content)))
+        {
+            assert!(name.is_empty() || name == sum(content), "{name}");
+        }
+    }
+}
