@@ -29,7 +29,7 @@ mod workload;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory as _, Parser as _};
+use clap::Parser as _;
 use cli::{Cli, Command, LogFormat};
 use config::Config;
 use tracing::{Level, Metadata};
@@ -41,7 +41,7 @@ const BAD_CONFIGURATION: u8 = 64;
 /// The command line, for its manual (`examples/manual.rs`).
 #[doc(hidden)]
 pub fn command() -> clap::Command {
-    Cli::command()
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// The program.
