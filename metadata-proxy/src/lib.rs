@@ -1,6 +1,7 @@
 //! metadata-proxy: gives every Docker container on a host its own IAM role.
 //!
-//! A library only so that the fuzz targets reach the parsers; there is no interface but the program's.
+//! A library only so that the fuzz targets reach the parsers, and the manual the command line; there is no interface but the
+//! program's.
 
 mod admin;
 mod app;
@@ -35,6 +36,12 @@ use config::{Config, Place};
 
 /// `EX_USAGE` of sysexits(3).
 const BAD_CONFIGURATION: u8 = 64;
+
+/// The command line, for its manual (`examples/manual.rs`).
+#[doc(hidden)]
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}
 
 /// The program.
 pub fn main() -> ExitCode {

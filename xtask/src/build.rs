@@ -3,13 +3,14 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context as _, bail};
 
-use crate::{cargo, install, run, workspace};
+use crate::{cargo, install, run, target::Target, workspace};
 
-const TARGET: &str = "bpfel-unknown-none";
+pub(crate) const BPF_TARGET: &str = "bpfel-unknown-none";
 
 /// Compiles the BPF programs; the object lies where the daemon's build script looks for it.
 pub(crate) fn ebpf() -> anyhow::Result<PathBuf> {
@@ -20,14 +21,15 @@ pub(crate) fn ebpf() -> anyhow::Result<PathBuf> {
     let flags = [format!("-Clinker={}", linker.display()), "-Cdebuginfo=2".into(), "-Clink-arg=--btf".into()];
     let mut build = toolchain.cargo();
     build
-        .args(["build", "--quiet", "--release", "--locked", "--target", TARGET, "--target-dir"])
+        .args(["build", "--quiet", "--release", "--locked", "--target", BPF_TARGET, "--target-dir"])
         .arg(&target)
         .current_dir("metadata-proxy-ebpf")
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     run(&mut build)?;
 
     let object = target.join("metadata-proxy.o");
-    let built = fs::read(target.join(TARGET).join("release/metadata-proxy")).context("the linker left no object")?;
+    let built =
+        fs::read(target.join(BPF_TARGET).join("release/metadata-proxy")).context("the linker left no object")?;
     // Left alone when it is the same, lest the daemon be built again.
     if fs::read(&object).ok().as_ref() != Some(&built) {
         fs::write(&object, built).with_context(|| format!("cannot write {}", object.display()))?;
@@ -39,16 +41,36 @@ pub(crate) fn ebpf() -> anyhow::Result<PathBuf> {
 pub(crate) fn daemon(release: bool) -> anyhow::Result<PathBuf> {
     ebpf()?;
     install::c_toolchain()?;
-    let mut build = cargo();
-    build.args(["build", "--quiet", "--package", "metadata-proxy"]);
-    if release {
-        build.arg("--release");
-    }
-    run(&mut build)?;
-    binary(if release { "release" } else { "debug" }, "metadata-proxy")
+    run(&mut build(release))?;
+    binary(profile(release), "metadata-proxy")
 }
 
-/// A program that cargo has built.
+/// As [`daemon`], for any processor. The BPF object is the same for all of them.
+pub(crate) fn daemon_for(target: Target, release: bool) -> anyhow::Result<PathBuf> {
+    if target.is_native() {
+        return daemon(release);
+    }
+    ebpf()?;
+    install::c_toolchain()?;
+    let compiler = install::cross_compiler(target)?;
+    let mut build = build(release);
+    build.args(["--target", target.triple]);
+    compiler.apply(&mut build);
+    run(&mut build)?;
+    binary(&format!("{}/{}", target.triple, profile(release)), "metadata-proxy")
+}
+
+fn build(release: bool) -> Command {
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--package", "metadata-proxy"]).args(release.then_some("--release"));
+    build
+}
+
+fn profile(release: bool) -> &'static str {
+    if release { "release" } else { "debug" }
+}
+
+/// A program that cargo has built; `profile` is a folder of its target folder.
 pub(crate) fn binary(profile: &str, name: &str) -> anyhow::Result<PathBuf> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new("target").to_owned(), PathBuf::from);
     let path = workspace()?.join(target).join(profile).join(name);

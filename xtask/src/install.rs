@@ -8,11 +8,15 @@ mod apt;
 mod archive;
 mod bpf;
 mod clients;
+mod cross;
 mod docker;
 mod further;
 mod fuzz;
 mod kernel;
+mod packagers;
 mod qemu;
+mod system;
+mod tools;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -23,11 +27,14 @@ use anyhow::{Context as _, bail};
 
 pub(crate) use self::bpf::{bpf_linker, bpf_toolchain};
 pub(crate) use self::clients::{cloud_init, js_clients, python_clients};
+pub(crate) use self::cross::cross_compiler;
 pub(crate) use self::docker::docker_engine;
 pub(crate) use self::further::further_clients;
 pub(crate) use self::fuzz::{cargo_fuzz, cpp_toolchain};
 pub(crate) use self::kernel::{Kernel, kernel};
+pub(crate) use self::packagers::{cargo_cyclonedx, cargo_deb, cargo_generate_rpm};
 pub(crate) use self::qemu::{CERTIFICATES, QEMU, qemu};
+pub(crate) use self::system::image_system;
 
 /// A C compiler, for the crates that bring C along (the TLS of the AWS SDK). Rust itself links with
 /// it, so it is missing only where another linker has been set up.

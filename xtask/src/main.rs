@@ -3,6 +3,8 @@
 mod build;
 mod fuzz;
 mod install;
+mod package;
+mod target;
 mod test;
 mod vm;
 
@@ -17,6 +19,8 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::Parser;
 
+use self::target::Target;
+
 /// Builds, runs, shows and tests metadata-proxy, and installs what that needs
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask")]
@@ -28,7 +32,12 @@ enum Task {
         /// Optimised, as it is to be installed
         #[arg(long)]
         release: bool,
+        /// Which processor: x86_64-unknown-linux-gnu or aarch64-unknown-linux-gnu [default: this machine's]
+        #[arg(long, value_name = "TRIPLE", value_parser = Target::named)]
+        target: Option<Target>,
     },
+    /// Build what is handed out, into target/package: packages, an archive, a container image
+    Package(package::Options),
     /// Build the daemon and run it on this machine: `run -- run --help`
     Run {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
@@ -69,7 +78,9 @@ fn main() -> anyhow::Result<()> {
     env::set_current_dir(workspace()?).context("cannot enter the workspace")?;
     match Task::parse() {
         Task::BuildEbpf => build::ebpf().map(drop),
-        Task::Build { release } => build::daemon(release).map(drop),
+        Task::Build { release, target: None } => build::daemon(release).map(drop),
+        Task::Build { release, target: Some(target) } => build::daemon_for(target, release).map(drop),
+        Task::Package(options) => package::all(&options),
         // As if it had been started by hand, its exit status included.
         Task::Run { args } => {
             let daemon = build::daemon(false)?;

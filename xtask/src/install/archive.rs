@@ -1,12 +1,12 @@
-//! Debian's package archive for other releases than this machine's, through an apt of its own: sources
-//! and lists lie in the cache, and the system's apt never hears of them.
+//! Debian's package archive for other releases or processors than this machine's, through an apt of its own:
+//! sources and lists lie in the cache, and the system's apt never hears of them.
 
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 
 use super::{apt, ask, find, quietly};
 
@@ -17,28 +17,41 @@ pub(super) struct Archive {
     root: PathBuf,
     /// The machine's packages count as installed.
     on_system: bool,
+    /// Of the packages; none if it is the machine's.
+    architecture: Option<&'static str>,
 }
 
 impl Archive {
     /// Fetches the lists of these releases, by their names or `testing`, into `root`.
     pub(super) fn open(root: &Path, releases: &[&str], on_system: bool) -> anyhow::Result<Self> {
-        if find("apt-get").is_none() {
-            bail!("there is no apt-get here: packages of Debian are fetched on Debian only");
-        }
-        let mirror = mirror()?;
+        let all = sources()?;
+        let main = all.iter().find(|source| source.label == MAIN);
+        let main = main.context(NO_DEBIAN)?;
+        // What serves the machine's own release serves the others.
+        let sources = releases.iter().map(|release| Source { release: (*release).to_owned(), ..main.clone() });
+        Self::fetch(Self { root: root.to_owned(), on_system, architecture: None }, sources.collect())
+    }
+
+    /// The packages of this machine's own release for any architecture, with the updates that the machine itself gets.
+    pub(super) fn of_machine(root: &Path, architecture: &'static str) -> anyhow::Result<Self> {
+        let archive = Self { root: root.to_owned(), on_system: false, architecture: Some(architecture) };
+        Self::fetch(archive, sources()?)
+    }
+
+    fn fetch(self, sources: Vec<Source>) -> anyhow::Result<Self> {
         // Ordered, so that apt can make the last folder of each.
         for folder in ["lists/partial", "archives/partial"] {
-            let folder = root.join(folder);
+            let folder = self.root.join(folder);
             fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
         }
         // Without the keyring apt looks for keys where the system's are.
         let key = if Path::new(KEYRING).exists() { format!("[signed-by={KEYRING}] ") } else { String::new() };
-        let sources: String = releases.iter().map(|release| format!("deb {key}{mirror} {release} main\n")).collect();
-        let file = root.join("sources.list");
+        let line = |source: Source| format!("deb {key}{} {} main\n", source.mirror, source.release);
+        let file = self.root.join("sources.list");
+        let sources: String = sources.into_iter().map(line).collect();
         fs::write(&file, sources).with_context(|| format!("write {}", file.display()))?;
-        let archive = Self { root: root.to_owned(), on_system };
-        quietly(archive.apt("apt-get").args(["--quiet", "update"]))?;
-        Ok(archive)
+        quietly(self.apt("apt-get").args(["--quiet", "update"]))?;
+        Ok(self)
     }
 
     fn apt(&self, program: &str) -> Command {
@@ -62,6 +75,10 @@ impl Archive {
         option("APT::Sandbox::User", "root");
         if !self.on_system {
             option("Dir::State::status", "/dev/null");
+        }
+        if let Some(architecture) = self.architecture {
+            option("APT::Architecture", architecture);
+            option("APT::Architectures", architecture);
         }
         command
     }
@@ -123,22 +140,46 @@ impl Archive {
     }
 }
 
-/// Where this machine's apt gets Debian from: what serves its own release serves the others.
-fn mirror() -> anyhow::Result<String> {
-    let look = || {
-        let targets = ask("apt-get", &["indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"])?;
-        debian(&targets).map(str::to_owned)
-    };
-    if let Some(mirror) = look() {
-        return Ok(mirror);
-    }
-    // Labels are known from the lists only.
-    apt::update().context("the machine's package lists are missing")?;
-    look().context("no source of this machine's apt is Debian's main archive; add one, or run this on Debian")
+/// Where this machine's apt gets packages of Debian from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Source {
+    label: String,
+    mirror: String,
+    release: String,
 }
 
-fn debian(targets: &str) -> Option<&str> {
-    targets.lines().find_map(|line| line.strip_prefix("Debian "))
+const MAIN: &str = "Debian";
+const SECURITY: &str = "Debian-Security";
+const NO_DEBIAN: &str = "no source of this machine's apt is Debian's main archive; add one, or run this on Debian";
+
+fn sources() -> anyhow::Result<Vec<Source>> {
+    if find("apt-get").is_none() {
+        bail!("there is no apt-get here: packages of Debian are fetched on Debian only");
+    }
+    let format = "$(LABEL)\t$(REPO_URI)\t$(RELEASE)\t$(COMPONENT)";
+    let look = || ask("apt-get", &["indextargets", "--format", format, "Created-By: Packages"]).unwrap_or_default();
+    let mut sources = debian(&look());
+    if sources.is_empty() {
+        // Labels are known from the lists only.
+        apt::update().context("the machine's package lists are missing")?;
+        sources = debian(&look());
+    }
+    ensure!(!sources.is_empty(), NO_DEBIAN);
+    Ok(sources)
+}
+
+fn debian(targets: &str) -> Vec<Source> {
+    let mut sources = Vec::new();
+    for target in targets.lines() {
+        if let [label @ (MAIN | SECURITY), mirror, release, "main"] = target.split('\t').collect::<Vec<_>>()[..] {
+            let source = Source { label: label.to_owned(), mirror: mirror.to_owned(), release: release.to_owned() };
+            // A machine of several architectures names each source for each of them.
+            if !sources.contains(&source) {
+                sources.push(source);
+            }
+        }
+    }
+    sources
 }
 
 #[cfg(test)]
@@ -146,9 +187,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_main_archive_is_told_from_the_others() {
-        let targets = "Debian-Security https://x.test/debian-security/\nDebian https://x.test/debian/\n";
-        assert_eq!(debian(targets), Some("https://x.test/debian/"));
-        assert_eq!(debian("nodesource https://x.test/node\n"), None);
+    fn debians_own_sources_are_told_from_the_others() {
+        let targets = [
+            "nodesource\thttps://x.test/node\tnodistro\tmain",
+            "Debian-Security\thttps://x.test/debian-security/\tbookworm-security\tmain",
+            "Debian\thttps://x.test/debian/\tbookworm\tmain",
+            "Debian\thttps://x.test/debian/\tbookworm\tmain",
+            "Debian\thttps://x.test/debian/\tbookworm\tcontrib",
+            "Debian Backports\thttps://x.test/debian/\tbookworm-backports\tmain",
+        ];
+        let source = |label: &str, mirror: &str, release: &str| Source {
+            label: label.into(),
+            mirror: mirror.into(),
+            release: release.into(),
+        };
+        let expected = [
+            source(SECURITY, "https://x.test/debian-security/", "bookworm-security"),
+            source(MAIN, "https://x.test/debian/", "bookworm"),
+        ];
+        assert_eq!(debian(&targets.join("\n")), expected);
+        assert_eq!(debian("nodesource\thttps://x.test/node\tnodistro\tmain\n"), []);
     }
 }

@@ -14,7 +14,7 @@ const LINKER_PACKAGES: [&str; 5] = ["llvm-22-dev", "libpolly-22-dev", "zlib1g-de
 
 /// Debian's toolchain, by full paths: it must not be confused with what rustup put into `PATH`.
 const CARGO: &str = "/usr/bin/cargo";
-const RUSTC: &str = "/usr/bin/rustc";
+pub(super) const RUSTC: &str = "/usr/bin/rustc";
 const PACKAGES: [&str; 3] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf"];
 
 /// What compiles for `bpfel-unknown-none`.
