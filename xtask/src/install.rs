@@ -13,6 +13,7 @@ mod further;
 mod fuzz;
 mod kernel;
 mod qemu;
+mod system;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -27,7 +28,8 @@ pub(crate) use self::docker::docker_engine;
 pub(crate) use self::further::further_clients;
 pub(crate) use self::fuzz::{cargo_fuzz, cpp_toolchain};
 pub(crate) use self::kernel::{Kernel, kernel};
-pub(crate) use self::qemu::{CERTIFICATES, QEMU, qemu};
+pub(crate) use self::qemu::{CERTIFICATES, QEMU, QEMU_ARM, emulator, qemu};
+pub(crate) use self::system::{Recipe, System, disk_of, system};
 
 /// A C compiler, for the crates that bring C along (the TLS of the AWS SDK). Rust itself links with
 /// it, so it is missing only where another linker has been set up.
@@ -135,7 +137,7 @@ pub(crate) fn ask(program: impl AsRef<OsStr>, arguments: &[&str]) -> Option<Stri
 }
 
 /// The command as one would type it.
-fn describe(command: &Command) -> String {
+pub(crate) fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
 }

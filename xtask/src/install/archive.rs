@@ -124,7 +124,7 @@ impl Archive {
 }
 
 /// Where this machine's apt gets Debian from: what serves its own release serves the others.
-fn mirror() -> anyhow::Result<String> {
+pub(super) fn mirror() -> anyhow::Result<String> {
     let look = || {
         let targets = ask("apt-get", &["indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"])?;
         debian(&targets).map(str::to_owned)

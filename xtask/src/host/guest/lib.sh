@@ -1,0 +1,55 @@
+# What the scenarios' scripts have at hand.
+roles=http://169.254.169.254/latest/meta-data/iam/security-credentials/
+unit=metadata-proxy.service
+config=/etc/metadata-proxy/config.toml
+
+# Requests that were answered with the host's credentials, but for the daemon's and those of host processes that say so.
+leaks() { grep ' SECRET$' /run/cloud.log | grep -v -e ' aws-sdk-rust/' -e ' host-process ' || true; }
+
+# A host process, as `leaks` knows it.
+on_host() { busybox timeout 10 wget -qO- -U host-process "$@"; }
+
+# wait_for SECONDS COMMAND...: until it succeeds.
+wait_for() {
+    left=$(($1 * 5)); shift
+    until "$@" > /dev/null 2>&1; do
+        left=$((left - 1))
+        [ "$left" -gt 0 ] || { echo "not within the time: $*"; return 1; }
+        sleep 0.2
+    done
+}
+
+# The role that an access key was issued for.
+role_of() {
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        arn=$(awk -v key="$1" '$1 == "sts" && $3 == key { print $4 }' /run/cloud.log)
+        [ -z "$arn" ] || { echo "${arn##*/}"; return; }
+        sleep 0.1
+    done
+    echo "nobody"
+}
+
+# own NAME OPTION...: the role that a container sees that is started with it and these options, and that of its access key.
+own() {
+    name=$1; shift
+    said=$(docker run --rm --name "$name" --label "metadata-proxy.role=$name" "$@" box ask 60) || return
+    echo "$said" | { read -r role key; echo "$role, key of $(role_of "$key")"; }
+}
+
+# make_image NAME CHANGE...: busybox and our clients, without a registry.
+make_image() {
+    name=$1; shift
+    mkdir -p box/bin box/tmp
+    cp /usr/bin/busybox /opt/host/ask /opt/host/load box/bin/
+    for applet in $(busybox --list); do
+        [ -e "box/bin/$applet" ] || ln -s busybox "box/bin/$applet"
+    done
+    tar -C box -c . | docker import --change 'ENV PATH=/bin' "$@" - "$name" > /dev/null
+    docker images --format '{{.Repository}} {{.Size}}' "$name"
+}
+
+serves() { metadata-proxy ps; }
+
+main_pid() { systemctl show --property MainPID --value "$unit"; }
+
+no_containers() { docker ps --all --quiet | xargs --no-run-if-empty docker rm --force > /dev/null; }
