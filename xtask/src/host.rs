@@ -113,7 +113,7 @@ pub(crate) fn run_all(options: &Options) -> anyhow::Result<()> {
             files: &FILES,
             wanted: &WANTED,
         };
-        let system = install::system(&recipe, options.renew)?;
+        let system = install::debian(&recipe, options.renew)?;
         let machine = Machine::start(&name, &system, &payload, options.arch, &scratch)?;
         let mut guest = Guest::new(distribution.name, machine, options.verbose);
         good &= guest.go_through(&groups)?;

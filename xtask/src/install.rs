@@ -8,12 +8,12 @@ mod apt;
 mod archive;
 mod bpf;
 mod clients;
+mod debian;
 mod docker;
 mod further;
 mod fuzz;
 mod kernel;
 mod qemu;
-mod system;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -24,12 +24,12 @@ use anyhow::{Context as _, bail};
 
 pub(crate) use self::bpf::{bpf_linker, bpf_toolchain};
 pub(crate) use self::clients::{cloud_init, js_clients, python_clients};
+pub(crate) use self::debian::{Recipe, System, debian, disk_of};
 pub(crate) use self::docker::docker_engine;
 pub(crate) use self::further::further_clients;
 pub(crate) use self::fuzz::{cargo_fuzz, cpp_toolchain};
 pub(crate) use self::kernel::{Kernel, kernel};
 pub(crate) use self::qemu::{CERTIFICATES, QEMU, QEMU_ARM, emulator, qemu};
-pub(crate) use self::system::{Recipe, System, disk_of, system};
 
 /// A C compiler, for the crates that bring C along (the TLS of the AWS SDK). Rust itself links with
 /// it, so it is missing only where another linker has been set up.

@@ -45,11 +45,40 @@ make_image() {
         [ -e "box/bin/$applet" ] || ln -s busybox "box/bin/$applet"
     done
     tar -C box -c . | docker import --change 'ENV PATH=/bin' "$@" - "$name" > /dev/null
-    docker images --format '{{.Repository}} {{.Size}}' "$name"
+}
+
+# asks NAME OPTION...: what a container gets at its first try.
+asks() {
+    name=$1; shift
+    docker run --rm --name "$name" --label "metadata-proxy.role=$name" "$@" box ask 1 || true
+}
+
+# load NAME OPTION...: a container that asks for its credentials all the time; `loaded NAME` ends it, and tells what failed.
+load() {
+    name=$1; shift
+    docker run --detach --name "$name" --label "metadata-proxy.role=$name" "$@" box load > /dev/null
+    wait_for 30 docker exec "$name" test -e /tmp/begun
+}
+loaded() {
+    docker stop --time 20 "$1" > /dev/null
+    echo "$1: $(docker logs "$1" 2>&1)"
+    docker rm "$1" > /dev/null
 }
 
 serves() { metadata-proxy ps; }
 
 main_pid() { systemctl show --property MainPID --value "$unit"; }
+replaced() { [ "$(main_pid)" != "$1" ] && [ "$(main_pid)" != 0 ]; }
+
+# configure TEXT: the daemon's file, which it has not read yet.
+configure() { echo "$1" > "$config"; }
+
+# engine JSON: dockerd with this configuration.
+engine() {
+    mkdir -p /etc/docker
+    echo "$1" > /etc/docker/daemon.json
+    systemctl reset-failed docker.service
+    systemctl restart docker.service
+}
 
 no_containers() { docker ps --all --quiet | xargs --no-run-if-empty docker rm --force > /dev/null; }

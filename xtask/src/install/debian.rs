@@ -35,7 +35,7 @@ const DISK_SIZE: &str = "6G";
 const TOOLS: [&str; 4] = ["mmdebstrap", "e2fsprogs", "qemu-utils", "arch-test"];
 
 /// The system of a recipe. Once it is in the cache it stays as it is, unless `renew` says otherwise.
-pub(crate) fn system(recipe: &Recipe<'_>, renew: bool) -> anyhow::Result<System> {
+pub(crate) fn debian(recipe: &Recipe<'_>, renew: bool) -> anyhow::Result<System> {
     apt::install("what makes disks of Debian systems", &TOOLS, apt::Removal::Never)?;
     let words = [recipe.release, recipe.architecture, DISK_SIZE];
     let added = recipe.files.iter().chain(recipe.wanted).flat_map(|(one, other)| [*one, *other]);
