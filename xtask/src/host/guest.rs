@@ -52,6 +52,7 @@ impl Guest {
         println!("{:<16} {group:<10} {name:<52} {word:<7} {seconds:>4.0}  {seen}", self.distribution);
         if word == "FAILED" {
             self.machine.alive()?;
+            self.ask("tidy")?;
             if self.verbose {
                 let log = self.ask("journalctl --no-pager --boot --lines 40 --unit 'metadata-proxy*'")?;
                 println!("  {}", log.text.replace('\n', "\n  "));

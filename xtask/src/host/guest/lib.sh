@@ -82,3 +82,39 @@ engine() {
 }
 
 no_containers() { docker ps --all --quiet | xargs --no-run-if-empty docker rm --force > /dev/null; }
+
+# askers: containers, begun once, that the engine starts by itself at each boot, and that ask as their first instruction,
+# on both kinds of network; each notes what it is answered in a file of its own.
+askers() {
+    mkdir -p /var/lib/asked
+    for name in bridge-1 bridge-2 host-1 host-2; do
+        docker inspect "$name" > /dev/null 2>&1 ||
+            docker run --detach --restart always --name "$name" --network "${name%-*}" --stop-signal KILL \
+                --label "metadata-proxy.role=$name" --volume /var/lib/asked:/asked \
+                box sh -c "ask 100 /asked/$name; exec sleep 3600" > /dev/null
+    done
+    wait_for 60 all_answered
+    rm -f /var/lib/asked/*
+    sync
+}
+all_answered() { [ "$(grep -l ASIA /var/lib/asked/* | wc -l)" = 4 ]; }
+
+# answers: one line for each of them, with all that it was answered and how often.
+answers() {
+    for file in /var/lib/asked/*; do
+        echo "${file##*/}: $(sed 's/ASIASTANDIN[A-Z]*/KEY/' "$file" | sort | uniq -c | sed 's/^ *//' | tr '\n' ',')"
+    done
+}
+
+# After a scenario that has not come to its end: as it was after the start.
+tidy() {
+    [ ! -e /usr/bin/metadata-proxy.away ] || mv /usr/bin/metadata-proxy.away /usr/bin/metadata-proxy
+    umount /var/log/metadata-proxy 2> /dev/null
+    [ ! -d "${config%/*}" ] || configure ''
+    [ ! -e /etc/docker/daemon.json ] || engine '{}'
+    no_containers
+    docker swarm leave --force > /dev/null 2>&1
+    systemctl restart metadata-proxy-attach.service "$unit"
+    sleep 0.2
+    : > /run/cloud.log
+}

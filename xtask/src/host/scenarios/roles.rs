@@ -22,9 +22,11 @@ fn user_network(guest: &mut Guest) -> anyhow::Result<String> {
 }
 
 fn shared(guest: &mut Guest) -> anyhow::Result<String> {
-    let seen = guest.sh("docker run --detach --name pod --label metadata-proxy.role=pod box sleep 3600 > /dev/null
+    let seen = guest.sh(
+        "docker run --detach --stop-signal KILL --name pod --label metadata-proxy.role=pod box sleep 3600 > /dev/null
          own web --network container:pod
-         docker exec pod ask 20 | cut -d' ' -f1; docker rm --force pod")?;
+         docker exec pod ask 20 | cut -d' ' -f1; docker rm --force pod",
+    )?;
     same(&seen, "web, key of web\npod\npod")
 }
 

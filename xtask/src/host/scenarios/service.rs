@@ -25,7 +25,7 @@ fn check(guest: &mut Guest) -> anyhow::Result<String> {
 }
 
 fn reload(guest: &mut Guest) -> anyhow::Result<String> {
-    let seen = guest.sh("docker run --detach --name unnamed box sleep 3600 > /dev/null
+    let seen = guest.sh("docker run --detach --stop-signal KILL --name unnamed box sleep 3600 > /dev/null
          configure 'default-role = \"reloaded\"'
          systemctl reload $unit
          sleep 1
