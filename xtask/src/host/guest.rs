@@ -54,7 +54,8 @@ impl Guest {
             self.machine.alive()?;
             self.ask("tidy")?;
             if self.verbose {
-                let log = self.ask("journalctl --no-pager --boot --lines 40 --unit 'metadata-proxy*'")?;
+                let log = self
+                    .ask("journalctl --no-pager --boot --unit 'metadata-proxy*' | grep -v 'handed out' | tail -n 40")?;
                 println!("  {}", log.text.replace('\n', "\n  "));
             }
         }

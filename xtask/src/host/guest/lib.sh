@@ -47,22 +47,42 @@ make_image() {
     tar -C box -c . | docker import --change 'ENV PATH=/bin' "$@" - "$name" > /dev/null
 }
 
-# asks NAME OPTION...: what a container gets at its first try.
-asks() {
-    name=$1; shift
-    docker run --rm --name "$name" --label "metadata-proxy.role=$name" "$@" box ask 1 || true
-}
-
-# load NAME OPTION...: a container that asks for its credentials all the time; `loaded NAME` ends it, and tells what failed.
+# load NAME OPTION...: a container that asks all the time, and notes what it is answered; begun where it is not yet.
 load() {
     name=$1; shift
-    docker run --detach --name "$name" --label "metadata-proxy.role=$name" "$@" box load > /dev/null
-    wait_for 30 docker exec "$name" test -e /tmp/begun
+    [ -z "$(docker ps --quiet --filter "name=^$name$")" ] || return 0
+    mkdir -p /var/lib/seen
+    rm -f "/var/lib/seen/$name"
+    docker run --detach --name "$name" --label "metadata-proxy.role=$name" --stop-signal KILL \
+        --volume /var/lib/seen:/seen --env "NAME=$name" "$@" box load > /dev/null
+    wait_for 60 test -s "/var/lib/seen/$name"
 }
+
+clients() { load web; load agent --network host; }
+
+# next NAME...: what each of them is answered that asks from now on.
+next() {
+    for name in "$@"; do
+        file=/var/lib/seen/$name
+        [ -e "$file" ] || { echo "$name: does not ask"; continue; }
+        # One may be on its way.
+        line=$(($(wc -l < "$file") + 2))
+        wait_for 60 sh -c "[ \$(wc -l < $file) -ge $line ]"
+        sed -n "${line}p" "$file" | {
+            read -r _ _ role rest
+            [ "$role" = nothing: ] && echo "$name: $role $rest" || echo "$name: $role, key of $(role_of "$rest")"
+        }
+    done
+}
+
+# loaded NAME...: ends them, and tells what failed.
 loaded() {
-    docker stop --time 20 "$1" > /dev/null
-    echo "$1: $(docker logs "$1" 2>&1)"
-    docker rm "$1" > /dev/null
+    docker rm --force "$@" > /dev/null
+    for name in "$@"; do
+        awk -v name="$name" '
+            $3 == "nothing:" { failed++; print name ": " $0 }
+            END { printf "%s: %d answers, %d failed\n", name, NR, failed }' "/var/lib/seen/$name"
+    done
 }
 
 serves() { metadata-proxy ps; }
@@ -113,6 +133,7 @@ tidy() {
     [ ! -d "${config%/*}" ] || configure ''
     [ ! -e /etc/docker/daemon.json ] || engine '{}'
     no_containers
+    rm -rf /var/lib/asked /var/lib/seen
     docker swarm leave --force > /dev/null 2>&1
     systemctl restart metadata-proxy-attach.service "$unit"
     sleep 0.2

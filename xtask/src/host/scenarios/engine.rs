@@ -13,10 +13,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 ];
 
 fn live_restore(guest: &mut Guest) -> anyhow::Result<String> {
-    guest.sh("engine '{\"live-restore\": true}'; load bridged; load on-host --network host")?;
+    guest.sh("engine '{\"live-restore\": true}'; clients")?;
     guest.sh("sleep 2; systemctl restart docker.service; sleep 2")?;
     guest.sh("systemctl stop docker.socket docker.service; sleep 60; systemctl start docker.socket docker.service")?;
-    let seen = guest.sh("sleep 2; loaded bridged; loaded on-host")?;
+    let seen = guest.sh("next web agent > /dev/null; loaded web agent")?;
     ensure!(seen.lines().count() == 2 && seen.lines().all(|line| line.ends_with(", 0 failed")), "{seen}");
     Ok(seen)
 }

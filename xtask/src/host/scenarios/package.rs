@@ -15,10 +15,10 @@ fn upgrade(guest: &mut Guest) -> anyhow::Result<String> {
     let seen = guest.sh(
         "dpkg --install --force-downgrade /opt/host/before.deb > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
          wait_for 20 serves; was=$(main_pid)
-         load bridged; load on-host --network host
+         clients
          dpkg --install /opt/host/now.deb > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
          replaced $was && echo replaced
-         sleep 5; loaded bridged; loaded on-host",
+         wait_for 20 serves; next web agent > /dev/null; loaded web agent",
     )?;
     let lines: Vec<&str> = seen.lines().collect();
     let ["replaced", bridged, on_host] = *lines else { anyhow::bail!("{seen}") };
