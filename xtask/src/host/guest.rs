@@ -12,6 +12,9 @@ use super::scenarios::{Group, NotHere};
 /// For each step; an emulated processor is slow.
 const LIMIT: Duration = Duration::from_secs(180);
 
+/// The last that the daemon and systemd have to say, but for what our containers cause many times.
+const LOG: &str = "journalctl --no-pager --boot --unit 'metadata-proxy*' | grep -v 'handed out' | tail -n 40";
+
 pub(super) struct Guest {
     distribution: &'static str,
     machine: Machine,
@@ -52,12 +55,11 @@ impl Guest {
         println!("{:<16} {group:<10} {name:<52} {word:<7} {seconds:>4.0}  {seen}", self.distribution);
         if word == "FAILED" {
             self.machine.alive()?;
-            self.ask("tidy")?;
             if self.verbose {
-                let log = self
-                    .ask("journalctl --no-pager --boot --unit 'metadata-proxy*' | grep -v 'handed out' | tail -n 40")?;
+                let log = self.ask(LOG)?;
                 println!("  {}", log.text.replace('\n', "\n  "));
             }
+            self.ask("tidy")?;
         }
         Ok(word != "FAILED")
     }

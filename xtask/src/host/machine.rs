@@ -43,11 +43,16 @@ impl Machine {
         overlay.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&system.disk).arg(&disk);
         quietly(&mut overlay)?;
 
+        // Of a run that was killed.
+        let _ = fs::remove_file(&socket);
         let mut qemu = emulator(system, &disk, payload, arch);
         qemu.arg("-serial").arg(format!("file:{}", console.display()));
         qemu.arg("-chardev").arg(format!("socket,id=port,server=on,wait=off,path={}", socket.display()));
         qemu.args(["-device", "virtio-serial", "-device", "virtserialport,chardev=port,name=host"]);
-        let child = qemu.stdin(Stdio::null()).spawn();
+        // Ends with us, even if we are killed. (This thread is the main one, with which the process ends.)
+        let mut tied = Command::new("setpriv");
+        tied.args(["--pdeathsig", "KILL", "--"]).arg(qemu.get_program()).args(qemu.get_args());
+        let child = tied.stdin(Stdio::null()).spawn();
         let mut emulator = Killed(child.with_context(|| format!("cannot start {}", arch.emulator()))?);
         let port = Port::new(connect(&socket, &mut emulator.0)?)?;
         Ok(Self { name: name.to_owned(), scratch: scratch.to_owned(), port, _emulator: emulator })
