@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, bail};
 
-use super::{Cache, announce, apt, archive, quietly};
+use super::{Cache, announce, apt, archive, ask, quietly};
 
 /// What a system is made from.
 pub(crate) struct Recipe<'a> {
@@ -53,6 +53,7 @@ pub(crate) fn debian(recipe: &Recipe<'_>, renew: bool) -> anyhow::Result<System>
 
 fn make(recipe: &Recipe<'_>, folder: &Path) -> anyhow::Result<()> {
     apt::root("make the disk of a system, whose files belong to root")?;
+    runs(recipe.architecture)?;
     announce(&format!("a disk with Debian {} ({}), into the cache only", recipe.release, recipe.architecture));
     let root = folder.join("root");
     let mut bootstrap = Command::new("mmdebstrap");
@@ -83,6 +84,27 @@ fn make(recipe: &Recipe<'_>, folder: &Path) -> anyhow::Result<()> {
     }
     disk_of(&root, &folder.join("disk"), DISK_SIZE)?;
     fs::remove_dir_all(&root).with_context(|| format!("remove {}", root.display()))
+}
+
+/// The packages' scripts have to run here, on whatever processor they are for.
+fn runs(architecture: &str) -> anyhow::Result<()> {
+    if ask("arch-test", &[architecture]).is_some() {
+        return Ok(());
+    }
+    apt::install(&format!("what runs programs of {architecture}"), &["qemu-user-static"], apt::Removal::Never)?;
+    // As systemd-binfmt does, where there is one.
+    let machine = if architecture == "arm64" { "aarch64" } else { "x86_64" };
+    let format = format!("/usr/lib/binfmt.d/qemu-{machine}.conf");
+    let misc = Path::new("/proc/sys/fs/binfmt_misc");
+    if !misc.join("register").exists() {
+        quietly(Command::new("mount").args(["-t", "binfmt_misc", "binfmt_misc"]).arg(misc))?;
+    }
+    let line = fs::read(&format).with_context(|| format!("read {format}"))?;
+    fs::write(misc.join("register"), line).with_context(|| format!("tell the kernel of {format}"))?;
+    if ask("arch-test", &[architecture]).is_none() {
+        bail!("this machine does not run programs of {architecture}, although the kernel knows {format}");
+    }
+    Ok(())
 }
 
 /// A disk that has the files of a folder.

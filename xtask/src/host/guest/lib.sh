@@ -63,17 +63,19 @@ clients() { load web; load agent --network host; }
 # next NAME...: what each of them is answered that asks from now on.
 next() {
     for name in "$@"; do
-        file=/var/lib/seen/$name
-        [ -e "$file" ] || { echo "$name: does not ask"; continue; }
         # One may be on its way.
-        line=$(($(wc -l < "$file") + 2))
-        wait_for 60 sh -c "[ \$(wc -l < $file) -ge $line ]"
-        sed -n "${line}p" "$file" | {
+        echo $(($(cat "/var/lib/seen/$name" | wc -l) + 2)) > "/run/next-$name"
+    done
+    for name in "$@"; do
+        line=$(cat "/run/next-$name")
+        wait_for 60 has_lines "$line" "/var/lib/seen/$name" || continue
+        sed -n "${line}p" "/var/lib/seen/$name" | {
             read -r _ _ role rest
             [ "$role" = nothing: ] && echo "$name: $role $rest" || echo "$name: $role, key of $(role_of "$rest")"
         }
     done
 }
+has_lines() { [ "$(cat "$2" | wc -l)" -ge "$1" ]; }
 
 # loaded NAME...: ends them, and tells what failed.
 loaded() {
