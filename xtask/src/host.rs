@@ -116,7 +116,7 @@ pub(crate) fn run_all(options: &Options) -> anyhow::Result<()> {
         let system = install::debian(&recipe, options.renew)?;
         let machine = Machine::start(&name, &system, &payload, options.arch, &scratch)?;
         let mut guest = Guest::new(distribution.name, machine, options.verbose);
-        good &= guest.go_through(&groups)?;
+        let result = guest.go_through(&groups);
         drop(guest);
         if options.keep {
             let command = Machine::by_hand(&name, &system, &payload, options.arch, &scratch);
@@ -125,6 +125,7 @@ pub(crate) fn run_all(options: &Options) -> anyhow::Result<()> {
             let disk = scratch.join(format!("{name}.qcow2"));
             fs::remove_file(&disk).with_context(|| format!("remove {}", disk.display()))?;
         }
+        good &= result?;
     }
     println!("ran for {:.0} s", begin.elapsed().as_secs_f64());
     if !good {

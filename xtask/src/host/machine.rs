@@ -91,7 +91,11 @@ impl Machine {
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
         let tail = lines[lines.len().saturating_sub(TAIL)..].join("\n  ");
-        format!("the guest {} does not answer; its console is in {}, and ends:\n  {tail}\n", self.name, path.display())
+        format!(
+            "the guest {} does not answer: see {}, or boot it by hand (--keep says how); its console ends:\n  {tail}\n",
+            self.name,
+            path.display()
+        )
     }
 }
 

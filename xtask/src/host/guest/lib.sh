@@ -119,6 +119,7 @@ askers() {
     rm -f /var/lib/asked/*
     sync
 }
+all_asked() { [ "$(ls /var/lib/asked | wc -l)" = 4 ]; }
 all_answered() { [ "$(grep -l ASIA /var/lib/asked/* | wc -l)" = 4 ]; }
 
 # answers: one line for each of them, with all that it was answered and how often.

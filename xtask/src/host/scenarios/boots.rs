@@ -30,7 +30,7 @@ fn restart_always(guest: &mut Guest) -> anyhow::Result<String> {
 fn wrong_file(guest: &mut Guest) -> anyhow::Result<String> {
     guest.sh("askers; configure 'default-rol = \"x\"'")?;
     let booted = guest.reboot()?;
-    let seen = guest.sh("sleep 5; answers")?;
+    let seen = guest.sh("wait_for 120 all_asked; answers")?;
     ensure!(seen.lines().count() == 4 && seen.lines().all(|line| line.contains("wget: ")), "{seen}");
     ensure!(!seen.contains("KEY") && !seen.contains("HOST"), "{seen}");
     let status = guest.ask("systemctl status --no-pager --full $unit")?.text;
@@ -48,7 +48,7 @@ fn wrong_file(guest: &mut Guest) -> anyhow::Result<String> {
 fn no_daemon(guest: &mut Guest) -> anyhow::Result<String> {
     guest.sh("askers; mv /usr/bin/metadata-proxy /usr/bin/metadata-proxy.away; sync")?;
     let booted = guest.reboot()?;
-    let seen = guest.sh("systemctl is-active docker; sleep 5; answers
+    let seen = guest.sh("wait_for 120 all_asked; systemctl is-active docker; answers
          mv /usr/bin/metadata-proxy.away /usr/bin/metadata-proxy
          no_containers; systemctl restart metadata-proxy-attach.service $unit; wait_for 20 serves; : > /run/cloud.log
          own web")?;
