@@ -43,6 +43,7 @@ impl Port {
             bail!("instead of an answer: {line} (was it rebooted?)");
         };
         let mut text = vec![0; length.parse().context("the answer's length")?];
+        self.writer.set_read_timeout(Some(GRACE))?;
         self.reader.read_exact(&mut text).context("read the guest's port")?;
         let text = String::from_utf8_lossy(&text).trim_end().to_owned();
         let status = status.parse().context("the answer's status")?;
@@ -82,7 +83,7 @@ mod tests {
     #[test]
     fn an_answer_is_read_by_its_length() {
         let (mut port, mut guest) = pair();
-        guest.write_all(b"boot 12.5\ndone 3 9\na\ndone 0\n\ndone 124 0\n").unwrap();
+        guest.write_all(b"boot 12.5\ndone 3 9\na\ndone 0\ndone 124 0\n").unwrap();
         assert!((port.boot(GRACE).unwrap() - 12.5).abs() < 0.01);
         let answer = port.run("exit 3", Duration::from_secs(1)).unwrap();
         assert_eq!((answer.status, answer.text.as_str()), (3, "a\ndone 0"));
