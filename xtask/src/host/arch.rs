@@ -25,6 +25,10 @@ impl Arch {
         }
     }
 
+    pub(super) fn is_native(self) -> bool {
+        self.target().starts_with(std::env::consts::ARCH)
+    }
+
     pub(super) fn emulator(self) -> &'static str {
         match self {
             Self::Amd64 => QEMU,
@@ -36,6 +40,14 @@ impl Arch {
         match self {
             Self::Amd64 => "q35",
             Self::Arm64 => "virt",
+        }
+    }
+
+    /// All that the emulator has. The architected way to authenticate pointers takes half of an emulated Arm's time.
+    pub(super) fn processor(self) -> &'static str {
+        match self {
+            Self::Amd64 => "max",
+            Self::Arm64 => "max,pauth-impdef=on",
         }
     }
 

@@ -75,7 +75,8 @@ impl Machine {
     }
 
     pub(super) fn reboot(&mut self) -> anyhow::Result<f64> {
-        self.run("systemctl --no-block reboot", START)?;
+        // Later, so that the answer is not overtaken.
+        self.run("(sleep 1; systemctl --no-block reboot) > /dev/null 2>&1 &", START)?;
         self.boot()
     }
 
@@ -101,7 +102,18 @@ impl Machine {
 
 fn emulator(system: &System, disk: &Path, payload: &Path, arch: Arch) -> Command {
     let mut qemu = Command::new(arch.emulator());
-    qemu.args(["-machine", arch.machine(), "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"]);
+    qemu.args([
+        "-machine",
+        arch.machine(),
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        arch.processor(),
+        "-smp",
+        "2",
+        "-m",
+        "2048",
+    ]);
     // No network device: nothing gets out.
     qemu.args(["-nodefaults", "-no-user-config", "-nic", "none", "-display", "none"]);
     qemu.arg("-drive").arg(format!("if=virtio,format=qcow2,cache=unsafe,file={}", disk.display()));

@@ -5,10 +5,10 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 
 use super::arch::Arch;
-use crate::install::{ask, disk_of, quietly};
+use crate::install::{ask, describe, disk_of, quietly};
 use crate::{build, cargo, run, workspace};
 
 const SCRIPTS: [(&str, &str); 5] = [
@@ -32,7 +32,7 @@ pub(super) fn make(package: Option<&Path>, arch: Arch, scratch: &Path) -> anyhow
         fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
     }
-    slim(&cloud(arch)?, &folder.join("cloud"))?;
+    fs::copy(cloud(arch)?, folder.join("cloud")).context("copy the stand-ins")?;
     fs::copy(&package, folder.join("now.deb")).with_context(|| format!("copy {}", package.display()))?;
     earlier(&package, &folder.join("before.deb"), scratch)?;
     let disk = scratch.join("payload.disk");
@@ -69,16 +69,14 @@ fn fits(package: &Path, arch: Arch) -> anyhow::Result<()> {
 
 /// The stand-ins, for the guest's processor.
 fn cloud(arch: Arch) -> anyhow::Result<PathBuf> {
-    if arch != Arch::Amd64 || std::env::consts::ARCH != "x86_64" {
-        bail!("the stand-ins are not built for {} yet", arch.target());
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--package", "metadata-proxy-tests", "--bin", "cloud"]);
+    if arch.is_native() {
+        run(&mut build)?;
+        return build::binary("debug", "cloud");
     }
-    run(cargo().args(["build", "--quiet", "--package", "metadata-proxy-tests", "--bin", "cloud"]))?;
-    build::binary("debug", "cloud")
-}
-
-/// A copy without debugging information, which is most of the file.
-fn slim(program: &Path, to: &Path) -> anyhow::Result<()> {
-    quietly(Command::new("strip").arg("--strip-debug").arg("-o").arg(to).arg(program))
+    build::binary(&format!("{}/debug", arch.target()), "cloud")
+        .with_context(|| format!("build it with a compiler for {0}: {1} --target {0}", arch.target(), describe(&build)))
 }
 
 /// The same package by an older version's name, to upgrade from.
