@@ -1,6 +1,8 @@
 # What the scenarios' scripts have at hand.
 roles=http://169.254.169.254/latest/meta-data/iam/security-credentials/
 unit=metadata-proxy.service
+# Where its AWS is; its credentials are the host's, from the stand-in for IMDS.
+aws='AWS_REGION=eu-west-1 AWS_ENDPOINT_URL_STS=http://192.0.2.1:4566'
 config=/etc/metadata-proxy/config.toml
 
 # Requests that were answered with the host's credentials, but for the daemon's and those of host processes that say so.

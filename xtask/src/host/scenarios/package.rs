@@ -39,7 +39,7 @@ fn removal(guest: &mut Guest) -> anyhow::Result<String> {
 
 fn purge(guest: &mut Guest) -> anyhow::Result<String> {
     let seen = guest.sh("dpkg --purge metadata-proxy > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
-         rm /etc/default/metadata-proxy 2> /dev/null
+         rm -r /etc/systemd/system/$unit.d
          find / -xdev -name '*metadata-proxy*' -not -path '/root/*' -not -path '/run/*'")?;
     same(&seen, "")?;
     Ok("no file is left".to_owned())

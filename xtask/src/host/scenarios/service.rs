@@ -21,8 +21,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 const SERVED: &str = "web: web, key of web\nagent: agent, key of agent";
 
 fn check(guest: &mut Guest) -> anyhow::Result<String> {
-    let answer =
-        guest.ask("set -a; . /etc/default/metadata-proxy; METADATA_PROXY_CONFIG=$config metadata-proxy check")?;
+    let answer = guest.ask("env $aws METADATA_PROXY_CONFIG=$config metadata-proxy check")?;
     ensure!(answer.status == 0, "exit status {}: {}", answer.status, answer.text);
     Ok(format!("{} lines", answer.text.lines().count()))
 }

@@ -30,7 +30,9 @@ fn leaks(guest: &mut Guest) -> anyhow::Result<String> {
 
 fn install(guest: &mut Guest) -> anyhow::Result<String> {
     guest.sh("dpkg --install /opt/host/now.deb > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
-         printf 'AWS_REGION=eu-west-1\\nAWS_ENDPOINT_URL_STS=http://192.0.2.1:4566\\n' > /etc/default/metadata-proxy
+         mkdir -p /etc/systemd/system/$unit.d
+         printf '[Service]\\nEnvironment=%s\\n' \"$aws\" > /etc/systemd/system/$unit.d/aws.conf
+         systemctl daemon-reload
          systemctl enable --now --quiet $unit
          systemctl is-active $unit
          wait_for 20 serves")
