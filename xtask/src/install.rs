@@ -9,6 +9,7 @@ mod archive;
 mod bpf;
 mod clients;
 mod cross;
+mod debian;
 mod docker;
 mod further;
 mod fuzz;
@@ -28,12 +29,13 @@ use anyhow::{Context as _, bail};
 pub(crate) use self::bpf::{bpf_linker, bpf_toolchain};
 pub(crate) use self::clients::{cloud_init, js_clients, python_clients};
 pub(crate) use self::cross::cross_compiler;
+pub(crate) use self::debian::{Recipe, System, debian, disk_of};
 pub(crate) use self::docker::docker_engine;
 pub(crate) use self::further::further_clients;
 pub(crate) use self::fuzz::{cargo_fuzz, cpp_toolchain};
 pub(crate) use self::kernel::{Kernel, kernel};
 pub(crate) use self::packagers::{cargo_cyclonedx, cargo_deb, cargo_generate_rpm};
-pub(crate) use self::qemu::{CERTIFICATES, QEMU, qemu};
+pub(crate) use self::qemu::{CERTIFICATES, QEMU, QEMU_ARM, emulator, qemu};
 pub(crate) use self::system::image_system;
 
 /// A C compiler, for the crates that bring C along (the TLS of the AWS SDK). Rust itself links with
@@ -142,7 +144,7 @@ pub(crate) fn ask(program: impl AsRef<OsStr>, arguments: &[&str]) -> Option<Stri
 }
 
 /// The command as one would type it.
-fn describe(command: &Command) -> String {
+pub(crate) fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
 }

@@ -2,6 +2,7 @@
 
 mod build;
 mod fuzz;
+mod host;
 mod install;
 mod package;
 mod target;
@@ -70,6 +71,8 @@ enum Task {
     },
     /// Boot Debian's kernels in virtual machines, and run the daemon there at the true root cgroup
     Vm(vm::Options),
+    /// Boot whole distributions in virtual machines, install the package there, and put it through what happens to a host
+    Host(host::Options),
     /// Check what CI checks before the tests: formatting and lints, warnings denied
     Lint,
 }
@@ -96,6 +99,7 @@ fn main() -> anyhow::Result<()> {
         Task::Clients { names, record } => test::clients(names, record),
         Task::Test { filter } => test::all(filter.as_deref()),
         Task::Vm(options) => vm::run_all(&options),
+        Task::Host(options) => host::run_all(&options),
         Task::Lint => test::lint(),
     }
 }

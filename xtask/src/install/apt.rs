@@ -85,6 +85,14 @@ fn installed(package: &str) -> bool {
     status.is_some_and(|status| status == "installed")
 }
 
+/// Whether this process may do it.
+pub(super) fn root(what: &str) -> anyhow::Result<()> {
+    if !is_root() {
+        bail!("only root can {what}");
+    }
+    Ok(())
+}
+
 fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
 }

@@ -152,6 +152,12 @@ const MAIN: &str = "Debian";
 const SECURITY: &str = "Debian-Security";
 const NO_DEBIAN: &str = "no source of this machine's apt is Debian's main archive; add one, or run this on Debian";
 
+/// The mirror of Debian's main archive, which serves other releases than the machine's own, too.
+pub(super) fn mirror() -> anyhow::Result<String> {
+    let main = sources()?.into_iter().find(|source| source.label == MAIN);
+    main.map(|source| source.mirror).context(NO_DEBIAN)
+}
+
 fn sources() -> anyhow::Result<Vec<Source>> {
     if find("apt-get").is_none() {
         bail!("there is no apt-get here: packages of Debian are fetched on Debian only");

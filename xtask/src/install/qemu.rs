@@ -1,4 +1,4 @@
-//! The emulator of `cargo xtask vm`, and what its guests take from this machine.
+//! The emulators of `cargo xtask vm` and `cargo xtask host`, and what their guests take from this machine.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use super::archive::Archive;
 use super::{Cache, announce, apt, ask, find};
 
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
-const PACKAGE: &str = "qemu-system-x86";
+pub(crate) const QEMU_ARM: &str = "qemu-system-aarch64";
 
 pub(crate) const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
@@ -14,10 +14,16 @@ pub(crate) fn qemu() -> anyhow::Result<()> {
     if !Path::new(CERTIFICATES).exists() {
         apt::install("certificates for the guests", &["ca-certificates"], apt::Removal::Never)?;
     }
-    if find(QEMU).is_some() {
+    emulator(QEMU)
+}
+
+/// One of the emulators above.
+pub(crate) fn emulator(program: &str) -> anyhow::Result<()> {
+    if find(program).is_some() {
         return Ok(());
     }
-    let Err(error) = apt::install("an emulator of machines", &[PACKAGE], apt::Removal::Never) else {
+    let package = if program == QEMU_ARM { "qemu-system-arm" } else { "qemu-system-x86" };
+    let Err(error) = apt::install("an emulator of machines", &[package], apt::Removal::Never) else {
         return Ok(());
     };
     // Where qemu's tools come from the backports, the release's own emulator does not fit to them.
@@ -29,6 +35,6 @@ pub(crate) fn qemu() -> anyhow::Result<()> {
     let Ok(archive) = Archive::open(&cache.root.join("apt-backports"), &[release, &backports], true) else {
         return Err(error);
     };
-    announce(&format!("an emulator of machines from {backports}: {PACKAGE}"));
-    archive.install(&backports, &[PACKAGE]).map_err(|second| error.context(second))
+    announce(&format!("an emulator of machines from {backports}: {package}"));
+    archive.install(&backports, &[package]).map_err(|second| error.context(second))
 }

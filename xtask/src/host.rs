@@ -1,0 +1,145 @@
+//! `cargo xtask host`: whole distributions in virtual machines, as their users have them: systemd, their own kernel and
+//! engine. The package is installed there, and put through what happens to a host.
+#![expect(clippy::print_stdout, reason = "the table is its standard output")]
+
+mod arch;
+mod guest;
+mod machine;
+mod payload;
+mod port;
+mod scenarios;
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context as _, bail};
+
+use self::arch::Arch;
+use self::guest::Guest;
+use self::machine::Machine;
+use crate::install::{self, Recipe};
+use crate::workspace;
+
+struct Distribution {
+    name: &'static str,
+    /// Debian's name of it.
+    release: &'static str,
+    /// The package that has `docker`, which older ones have in that of the daemon.
+    client: &'static str,
+}
+
+const DISTRIBUTIONS: [Distribution; 3] = [
+    Distribution { name: "debian-12", release: "bookworm", client: "docker.io" },
+    Distribution { name: "debian-13", release: "trixie", client: "docker-cli" },
+    Distribution { name: "debian-testing", release: "testing", client: "docker-cli" },
+];
+
+/// What a host of containers has, and what the scenarios look with.
+const PACKAGES: [&str; 13] = [
+    "systemd-sysv",
+    "dbus",
+    "udev",
+    "initramfs-tools",
+    "docker.io",
+    "apparmor",
+    "iproute2",
+    "iptables",
+    "nftables",
+    "ca-certificates",
+    "kmod",
+    "procps",
+    "busybox-static",
+];
+
+const FILES: [(&str, &str); 5] = [
+    ("/etc/hostname", "host\n"),
+    ("/etc/hosts", "127.0.0.1 localhost host\n::1 localhost\n"),
+    ("/etc/fstab", "/dev/vda / ext4 defaults 0 0\n/dev/vdb /opt/host ext4 ro 0 0\n"),
+    ("/etc/systemd/system/agent.service", include_str!("host/guest/agent.service")),
+    ("/etc/systemd/system/cloud.service", include_str!("host/guest/cloud.service")),
+];
+const WANTED: [(&str, &str); 2] = [("agent.service", "multi-user.target"), ("cloud.service", "multi-user.target")];
+
+/// What may be chosen.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Distributions to boot: debian-12, debian-13, debian-testing [default: all]
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// The guests' processor
+    #[arg(long, value_enum, default_value = "amd64")]
+    arch: Arch,
+    /// The package to install [default: the newest in target/package]
+    #[arg(long, value_name = "FILE.deb")]
+    package: Option<PathBuf>,
+    /// Only these groups of scenarios
+    #[arg(long = "only", value_name = "GROUP", value_delimiter = ',')]
+    groups: Vec<String>,
+    /// Only the groups that take no reboot
+    #[arg(long)]
+    quick: bool,
+    /// Make the guests' disks anew, of newer packages than those in the cache
+    #[arg(long)]
+    renew: bool,
+    /// Print the daemon's log of each scenario that is not as it should be
+    #[arg(long)]
+    verbose: bool,
+    /// Keep the guests' disks, and say how to boot them by hand
+    #[arg(long)]
+    keep: bool,
+}
+
+pub(crate) fn run_all(options: &Options) -> anyhow::Result<()> {
+    let chosen = chosen(&options.names)?;
+    let groups = scenarios::chosen(&options.groups, options.quick)?;
+    let scratch = workspace()?.join("target/host");
+    fs::create_dir_all(&scratch).with_context(|| format!("create {}", scratch.display()))?;
+    let payload = payload::make(options.package.as_deref(), options.arch, &scratch)?;
+    install::emulator(options.arch.emulator())?;
+
+    let begin = Instant::now();
+    println!("{:<16} {:<10} {:<52} {:<7} {:>4}  seen", "distribution", "group", "scenario", "result", "s");
+    let mut good = true;
+    for distribution in chosen {
+        let kernel = format!("linux-image-cloud-{}", options.arch.debian());
+        let packages: Vec<&str> = PACKAGES.into_iter().chain([kernel.as_str(), distribution.client]).collect();
+        let name = format!("{}-{}", distribution.name, options.arch.debian());
+        let recipe = Recipe {
+            name: &name,
+            release: distribution.release,
+            architecture: options.arch.debian(),
+            packages: &packages,
+            files: &FILES,
+            wanted: &WANTED,
+        };
+        let system = install::debian(&recipe, options.renew)?;
+        let machine = Machine::start(&name, &system, &payload, options.arch, &scratch)?;
+        let mut guest = Guest::new(distribution.name, machine, options.verbose);
+        let result = guest.go_through(&groups);
+        drop(guest);
+        if options.keep {
+            let command = Machine::by_hand(&name, &system, &payload, options.arch, &scratch);
+            println!("The disk of {name} is kept; to log in as root:\n  {command}");
+        } else {
+            let disk = scratch.join(format!("{name}.qcow2"));
+            fs::remove_file(&disk).with_context(|| format!("remove {}", disk.display()))?;
+        }
+        good &= result?;
+    }
+    println!("ran for {:.0} s", begin.elapsed().as_secs_f64());
+    if !good {
+        bail!("not as it should be: see above");
+    }
+    println!("All as it should be.");
+    Ok(())
+}
+
+fn chosen(names: &[String]) -> anyhow::Result<Vec<&'static Distribution>> {
+    if names.is_empty() {
+        return Ok(DISTRIBUTIONS.iter().collect());
+    }
+    let known = DISTRIBUTIONS.map(|distribution| distribution.name).join(", ");
+    let find = |name: &String| DISTRIBUTIONS.iter().find(|distribution| distribution.name == name);
+    names.iter().map(|name| find(name).with_context(|| format!("no distribution {name}: there are {known}"))).collect()
+}

@@ -1,0 +1,46 @@
+//! The package's life after its installation.
+
+use anyhow::ensure;
+
+use super::{Scenario, same};
+use crate::host::guest::Guest;
+
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario { name: "upgrade under load: no request fails", run: upgrade },
+    Scenario { name: "removal: no daemon, nothing attached", run: removal },
+    Scenario { name: "purge: no configuration, no logs", run: purge },
+];
+
+fn upgrade(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest.sh(
+        "dpkg --install --force-downgrade /opt/host/before.deb > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
+         wait_for 20 serves; was=$(main_pid)
+         clients
+         dpkg --install /opt/host/now.deb > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
+         replaced $was && echo replaced
+         wait_for 20 serves; next web agent > /dev/null; loaded web agent",
+    )?;
+    let lines: Vec<&str> = seen.lines().collect();
+    let ["replaced", bridged, on_host] = *lines else { anyhow::bail!("{seen}") };
+    ensure!([bridged, on_host].iter().all(|line| line.ends_with(", 0 failed")), "{seen}");
+    Ok(format!("{bridged}; {on_host}"))
+}
+
+fn removal(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest.sh("dpkg --remove metadata-proxy > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
+         pidof metadata-proxy
+         ls -d /sys/fs/bpf/metadata-proxy 2> /dev/null
+         tc filter show dev eth0 egress
+         systemctl list-units --plain --no-legend --all 'metadata-proxy*' | grep -v not-found
+         docker run --rm box ask 3; sleep 0.2; : > /run/cloud.log")?;
+    same(&seen, "simulated-host-role ASIAHOSTSECRET000001")?;
+    Ok("containers have the real service again".to_owned())
+}
+
+fn purge(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest.sh("dpkg --purge metadata-proxy > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
+         rm -r /etc/systemd/system/$unit.d
+         find / -xdev -name '*metadata-proxy*' -not -path '/root/*' -not -path '/run/*'")?;
+    same(&seen, "")?;
+    Ok("no file is left".to_owned())
+}

@@ -1,0 +1,105 @@
+//! What an operator does with the unit, and what befalls it.
+
+use anyhow::ensure;
+
+use super::{Scenario, same};
+use crate::host::guest::Guest;
+
+pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario { name: "check: the host has all that is needed", run: check },
+    Scenario { name: "reload: a new default role holds", run: reload },
+    Scenario { name: "reload of a wrong file: refused, the old one holds", run: refused },
+    Scenario { name: "journal: that is a warning, attaching is none", run: priorities },
+    Scenario { name: "restart under load: no request fails", run: restart },
+    Scenario { name: "kill -9: comes back", run: kill },
+    Scenario { name: "kill -STOP: the watchdog replaces it", run: hang },
+    Scenario { name: "a full disk below the audit log: serves", run: full_disk },
+    Scenario { name: "stop: containers get errors", run: stop },
+];
+
+/// What the containers get that ask all the time.
+const SERVED: &str = "web: web, key of web\nagent: agent, key of agent";
+
+fn check(guest: &mut Guest) -> anyhow::Result<String> {
+    let answer = guest.ask("env $aws METADATA_PROXY_CONFIG=$config metadata-proxy check")?;
+    ensure!(answer.status == 0, "exit status {}: {}", answer.status, answer.text);
+    Ok(format!("{} lines", answer.text.lines().count()))
+}
+
+fn reload(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest.sh("configure 'default-role = \"first\"'; systemctl reload $unit
+         load unnamed --label metadata-proxy.role=
+         configure 'default-role = \"reloaded\"'
+         systemctl reload $unit; echo $?; sleep 1; next unnamed")?;
+    same(&seen, "0\nunnamed: reloaded, key of reloaded")
+}
+
+fn refused(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest.sh("configure 'default-role = \"reloaded\"'; systemctl reload $unit
+         load unnamed --label metadata-proxy.role=
+         configure 'default-rol = \"x\"'
+         systemctl reload $unit > /run/said 2>&1; echo $?
+         sleep 1; next unnamed; systemctl is-active $unit
+         configure 'default-role = \"reloaded\"'
+         systemctl reload $unit; echo $?")?;
+    same(&seen, "1\nunnamed: reloaded, key of reloaded\nactive\n0")?;
+    guest.sh("head -n 1 /run/said")
+}
+
+/// The two before have made one warning at least.
+fn priorities(guest: &mut Guest) -> anyhow::Result<String> {
+    let show = |options: &str| format!("journalctl --no-pager --boot --output cat --unit $unit {options}");
+    let warnings = guest.sh(&show("--priority warning"))?;
+    let others = guest.sh(&show("--priority notice..debug"))?;
+    ensure!(warnings.contains("default-rol") && !warnings.contains("attached"), "warnings: {warnings}");
+    ensure!(others.contains("attached") && !others.contains("unknown field"), "no warnings: {others}");
+    Ok(format!("{} warnings, {} other lines", warnings.lines().count(), others.lines().count()))
+}
+
+fn restart(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest.sh("clients; before=$(cat /var/lib/seen/* | grep -c nothing)
+         systemctl restart $unit; systemctl is-active $unit; next web agent
+         cat /var/lib/seen/* | grep nothing | tail -n +$((before + 1))")?;
+    same(&seen, &format!("active\n{SERVED}"))?;
+    Ok("active".to_owned())
+}
+
+fn kill(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest
+        .sh("clients; was=$(main_pid); kill -9 $was; wait_for 10 replaced $was; wait_for 20 serves; systemctl is-active $unit
+         next web agent")?;
+    same(&seen, &format!("active\n{SERVED}"))?;
+    Ok("active".to_owned())
+}
+
+fn hang(guest: &mut Guest) -> anyhow::Result<String> {
+    let limit = guest.sh("systemctl show --property WatchdogUSec --value $unit")?;
+    ensure!(limit != "0" && limit != "infinity", "the unit has no watchdog");
+    let seen = guest.sh("clients; was=$(main_pid); kill -STOP $was
+         begin=$(date +%s); wait_for 120 replaced $was; echo $(($(date +%s) - begin)) > /run/seconds
+         wait_for 20 serves; systemctl is-active $unit; next web agent")?;
+    same(&seen, &format!("active\n{SERVED}"))?;
+    Ok(format!("WatchdogSec={limit}; replaced after {} s", guest.sh("cat /run/seconds")?))
+}
+
+fn full_disk(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest.sh("clients; mkdir -p /var/log/metadata-proxy
+         mount -t tmpfs -o size=64k,mode=700 tmpfs /var/log/metadata-proxy
+         cat /dev/zero > /var/log/metadata-proxy/fill 2> /dev/null
+         configure 'audit-log = \"/var/log/metadata-proxy/audit.log\"'
+         systemctl restart $unit; wait_for 20 serves; next web agent
+         cat /var/log/metadata-proxy/audit.log
+         rm /var/log/metadata-proxy/fill
+         next web > /dev/null; sleep 1
+         grep -o '.container_name.:.web.' /var/log/metadata-proxy/audit.log | sort -u
+         configure ''; systemctl restart $unit; umount /var/log/metadata-proxy")?;
+    same(&seen, &format!("{SERVED}\n\"container_name\":\"web\""))?;
+    Ok("and records again, once there is room".to_owned())
+}
+
+fn stop(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest.sh("clients; systemctl stop $unit; next web agent; systemctl start $unit; no_containers")?;
+    let [web, agent] = *seen.lines().collect::<Vec<_>>() else { anyhow::bail!("{seen}") };
+    ensure!(web.starts_with("web: nothing: ") && agent.starts_with("agent: nothing: "), "{seen}");
+    Ok(seen)
+}
