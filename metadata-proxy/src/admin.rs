@@ -1,6 +1,7 @@
 //! What the daemon says of itself, to root on this host, over a unix socket; and its metrics, to whoever
 //! may reach the address that the operator names. Reads only.
 
+pub(crate) mod about;
 pub(crate) mod client;
 pub(crate) mod status;
 
@@ -22,6 +23,8 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
+use about::About;
+
 use crate::{containers, credentials::Store, metrics, workload::Workload};
 
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -30,6 +33,7 @@ pub(crate) struct Admin {
     pub(crate) containers: Arc<containers::Registry<Workload>>,
     pub(crate) credentials: Arc<Store>,
     pub(crate) metrics: Registry,
+    pub(crate) about: Arc<About>,
 }
 
 /// Who asks, and so what may be asked.
@@ -105,6 +109,7 @@ impl Admin {
             (_, "/healthz") => text("ok\n".to_owned()),
             (_, "/metrics") => text(metrics::encode(&self.metrics)),
             (Asker::Root, "/containers") => json(&self.statuses()),
+            (Asker::Root, "/about") => json(&self.about.facts()),
             _ => {
                 let mut answer = text("not found\n".to_owned());
                 *answer.status_mut() = StatusCode::NOT_FOUND;

@@ -23,7 +23,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{debug, info, warn};
 
 use crate::{
-    admin::{Admin, client},
+    admin::{Admin, about::About, client},
     audit::Audit,
     check,
     config::{self, BadConfig, Config, Place},
@@ -133,6 +133,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         interception::start(&config, &mut background).await?;
 
     let metrics = Metrics::default();
+    let about = Arc::new(About::new(&config));
     let audit = config.audit_log.map(|target| Audit::start(target, metrics.audit_lost())).transpose()?.map(Arc::new);
     let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
     let credentials = Arc::new(Store::new(Arc::clone(&aws), config.credentials));
@@ -154,8 +155,8 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let admit = Arc::clone(&workloads);
     let engine = Engine::new(&config.docker_host, config.trust_image_metadata);
     let registry = Arc::new(Registry::new(engine, cgroup2, move |container| admit.admit(container)));
-    tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry)));
-    tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry), audit.clone(), fixed));
+    tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry), Arc::clone(&about)));
+    tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry), audit.clone(), fixed, Arc::clone(&about)));
     let (upstream, rest) = match config.upstream {
         Some(config::Upstream::Real { endpoint, policy }) => (Some(Upstream::new(endpoint)), Rest::Real(policy)),
         Some(config::Upstream::Simulated(instance, view)) => (None, Rest::Simulated(instance, view)),
@@ -170,6 +171,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         containers: Arc::clone(&registry),
         credentials: Arc::clone(&credentials),
         metrics: metrics.registry(parts),
+        about,
     });
     let server = Arc::new(Server {
         registry: Arc::clone(&registry),
@@ -226,7 +228,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
 
 /// Finds out who assumes the roles, for as long as it takes: roles that are named without an account
 /// wait for it.
-async fn introduce(aws: Arc<Aws>, workloads: Arc<Workloads>, registry: Arc<Registry<Workload>>) {
+async fn introduce(aws: Arc<Aws>, workloads: Arc<Workloads>, registry: Arc<Registry<Workload>>, about: Arc<About>) {
     let mut pause = Duration::from_secs(1);
     let mut told = String::new();
     let identity = loop {
@@ -234,6 +236,7 @@ async fn introduce(aws: Arc<Aws>, workloads: Arc<Workloads>, registry: Arc<Regis
             Ok(identity) => break identity,
             Err(failure) => {
                 let failure = failure.to_string();
+                about.change(|facts| facts.trouble = Some(failure.clone()));
                 if failure != told {
                     warn!("the daemon has no identity at AWS, so no container gets credentials: {failure}");
                     told = failure;
@@ -244,6 +247,12 @@ async fn introduce(aws: Arc<Aws>, workloads: Arc<Workloads>, registry: Arc<Regis
         pause = (pause * 2).min(LONGEST_PAUSE);
     };
     info!(account = identity.account, "assuming roles as {}", identity.arn);
+    let source = aws.source().await;
+    about.change(|facts| {
+        facts.identity = Some(identity.arn.clone());
+        facts.trouble = None;
+        facts.source = source;
+    });
     workloads.learn(|known| known.home = Home::of_caller(&identity.arn));
     reconsider_all(&workloads, &registry);
 }
@@ -256,6 +265,7 @@ async fn reload_on(
     registry: Arc<Registry<Workload>>,
     audit: Option<Arc<Audit>>,
     fixed: config::Fixed,
+    about: Arc<About>,
 ) {
     while hangup.recv().await.is_some() {
         if let Some(audit) = &audit {
@@ -268,10 +278,14 @@ async fn reload_on(
                     warn!("these settings take a restart to change, and stay as they were: {}", changed.join(", "));
                 }
                 info!(rules = config.identity.rules.rules.len(), "reloaded roles and rules");
+                about.change(|facts| (facts.configuration, facts.refused) = (config.in_short(), None));
                 workloads.learn(|known| known.settings = config.identity);
                 reconsider_all(&workloads, &registry);
             }
-            Err(error) => warn!("the old configuration stays in force, for the new one is wrong: {error}"),
+            Err(error) => {
+                warn!("the old configuration stays in force, for the new one is wrong: {error}");
+                about.change(|facts| facts.refused = Some(error.to_string()));
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail};
 use tokio::time::timeout;
 
 use crate::{
+    admin::{about::Facts, client},
     config::{self, Config, Place},
     containers::{cgroup, docker::Engine},
     credentials::{Aws, CLOCK_TOLERANCE},
@@ -22,7 +23,10 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// Prints one line for each thing; false if one that is needed is missing.
 pub(crate) async fn run(config: &Config) -> bool {
     let mut table = Table { good: true };
-    table.line("configuration", Ok(configuration(config)));
+    let daemon = client::about(&config.admin_socket).await.transpose();
+    table.line("daemon", told(config, &daemon));
+    let daemon = daemon.ok().flatten();
+    table.line("configuration", configuration(config, daemon.as_ref()));
     table.line("kernel", kernel());
     table.line("capabilities", preflight::capabilities().map(|()| "all there".to_owned()));
     table.line("cgroup2", cgroup2(&config.place));
@@ -38,7 +42,7 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.line("Docker", docker(config).await);
     let aws = Aws::connect(config.imds_endpoint.as_deref()).await;
     let clock = clock(aws.as_ref().ok()).await;
-    table.line("STS identity", identity(aws).await);
+    table.line("STS identity", identity(aws, daemon).await);
     table.line("clock", clock);
     table.line("real service", real_service(config).await);
     table.good
@@ -46,7 +50,7 @@ pub(crate) async fn run(config: &Config) -> bool {
 
 /// One that is wrong has not come so far.
 pub(crate) fn configuration_only(config: &Config) {
-    Table { good: true }.line("configuration", Ok(configuration(config)));
+    Table { good: true }.line("configuration", Ok(config.in_short()));
 }
 
 struct Table {
@@ -65,12 +69,28 @@ impl Table {
     }
 }
 
-fn configuration(config: &Config) -> String {
-    match config.identity.rules.rules.len() {
-        0 => "no rules: every container may have the role that it names".to_owned(),
-        1 => "1 rule".to_owned(),
-        count => format!("{count} rules"),
+/// Whom all else is about: a daemon that runs has an environment of its own, such as its unit's.
+fn told(config: &Config, daemon: &anyhow::Result<Option<Facts>>) -> anyhow::Result<String> {
+    match daemon {
+        Ok(Some(facts)) => Ok(format!("version {} runs as process {}", facts.version, facts.pid)),
+        Ok(None) if interceptor::is_attached(&config.place.bpffs) => bail!(
+            "programs are attached, and none answers at {}: containers get errors. See why (journalctl -u metadata-proxy), and start it, or remove them (metadata-proxy detach)",
+            config.admin_socket.display()
+        ),
+        Ok(None) => {
+            Ok(format!("none at {}; looking by the environment of this process", config.admin_socket.display()))
+        }
+        Err(error) => bail!("{error:#}"),
     }
+}
+
+fn configuration(config: &Config, daemon: Option<&Facts>) -> anyhow::Result<String> {
+    let Some(facts) = daemon else { return Ok(config.in_short()) };
+    if let Some(refused) = &facts.refused {
+        bail!("the one in force is the daemon's old one, for the new one is wrong: {refused}");
+    }
+    let file = facts.file.as_ref().map_or("no file".to_owned(), |file| file.display().to_string());
+    Ok(format!("the daemon's ({file}): {}", facts.configuration))
 }
 
 fn on_whole_host(config: &Config, look: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<String> {
@@ -118,9 +138,19 @@ async fn docker(config: &Config) -> anyhow::Result<String> {
     Engine::new(&config.docker_host, config.trust_image_metadata).describe().await
 }
 
-async fn identity(aws: anyhow::Result<Aws>) -> anyhow::Result<String> {
-    let identity = timeout(PATIENCE, aws?.caller_identity()).await.context("STS does not answer")??;
-    Ok(identity.arn)
+/// That of the daemon, if there is one.
+async fn identity(aws: anyhow::Result<Aws>, daemon: Option<Facts>) -> anyhow::Result<String> {
+    let (arn, source) = match daemon {
+        Some(Facts { identity: Some(arn), source, .. }) => (arn, source),
+        Some(Facts { trouble: Some(trouble), .. }) => bail!("the daemon has none: {trouble}"),
+        Some(_) => bail!("the daemon has none yet"),
+        None => {
+            let aws = aws?;
+            let identity = timeout(PATIENCE, aws.caller_identity()).await.context("STS does not answer")??;
+            (identity.arn, aws.source().await)
+        }
+    };
+    Ok(format!("{arn}, by {}", source.unwrap_or_default()))
 }
 
 /// The SDK corrects its signatures, but when credentials end is judged by the host's clock.

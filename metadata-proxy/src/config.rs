@@ -37,6 +37,8 @@ pub(crate) struct BadConfig(String);
 #[derive(Debug)]
 pub(crate) struct Config {
     pub(crate) docker_host: String,
+    /// Where all this was read, apart from flags and environment.
+    pub(crate) file: Option<PathBuf>,
     pub(crate) place: Place,
     pub(crate) identity: identity::Settings,
     pub(crate) trust_image_metadata: bool,
@@ -113,6 +115,15 @@ const DOCKER_HOST: &str = "unix:///var/run/docker.sock";
 const IMDS_ENDPOINT: &str = "http://169.254.169.254";
 
 impl Config {
+    /// Who may have which role.
+    pub(crate) fn in_short(&self) -> String {
+        match self.identity.rules.rules.len() {
+            0 => "no rules: every container may have the role that it names".to_owned(),
+            1 => "1 rule".to_owned(),
+            count => format!("{count} rules"),
+        }
+    }
+
     pub(crate) fn resolve(run: Run) -> Result<Self, BadConfig> {
         let Some(path) = given_path(run.config.clone()) else { return Self::with_file(run, "", "") };
         let file_name = path.display().to_string();
@@ -194,6 +205,7 @@ impl Config {
             .map_err(|(address, error)| BadConfig(format!("{origin} {address:?}: {error}; expected IP:PORT")))?;
         Ok(Self {
             docker_host,
+            file: given_path(run.config),
             place: run.place.resolve(file.cgroup, file.bpffs),
             identity,
             trust_image_metadata: run.trust_image_metadata || file.trust_image_metadata,

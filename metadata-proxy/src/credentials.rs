@@ -18,6 +18,7 @@ mod failure;
 #[cfg(test)]
 mod fleet;
 mod keeper;
+mod source;
 mod store;
 mod sts;
 #[cfg(test)]

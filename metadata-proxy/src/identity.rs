@@ -182,7 +182,7 @@ impl Case<'_> {
             rule.restrict(&mut options)?;
         }
         let session = self.session(&arn, options, rule)?;
-        reasons.push(format!("role {arn}, session {}", session.session_name));
+        reasons.push(format!("session {}", session.session_name));
         Ok(Verdict::Role { arn, session })
     }
 

@@ -59,6 +59,11 @@ pub(crate) struct Options<'a> {
     pub(crate) worker: netns::Worker,
 }
 
+/// Whether something is left attached, by a daemon or without one.
+pub(crate) fn is_attached(bpffs: &Path) -> bool {
+    object::is_pinned(bpffs)
+}
+
 /// Whether the kernel takes the programs; they are not attached.
 pub(crate) fn try_load() -> anyhow::Result<()> {
     let mut object = object::load_unpinned()?;

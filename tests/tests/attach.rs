@@ -85,7 +85,7 @@ async fn a_wrong_configuration_leaves_containers_with_errors() -> Result<()> {
     let host = TestHost::start().await?;
     let imds = stage::start_imds(&host)?;
     let containers = containers(&host).await?;
-    for text in ["default-rol = 'x'\n", "log = 'a=b=c'\n", "no toml at all"] {
+    for text in ["default-rol = 'x'\n", "[limits]\nconnections = 'x'\n", "no toml at all"] {
         let mut daemon = host.daemon(stage::with_config(&host, daemon_options(), text)?)?;
         let status = daemon.wait(Duration::from_secs(10)).await?;
         let log = daemon.log()?;

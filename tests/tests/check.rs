@@ -37,7 +37,7 @@ async fn a_host_that_has_everything_passes() -> Result<()> {
     let sts = stage::start_sts(&host)?;
     let output = check(&host, &[])?;
     ensure!(output.status.success(), "{output:?}");
-    ensure!(lines(&output, "ok").len() == 16 && lines(&output, "FAILED").is_empty(), "{output:?}");
+    ensure!(lines(&output, "ok").len() == 17 && lines(&output, "FAILED").is_empty(), "{output:?}");
     let text = String::from_utf8_lossy(&output.stdout);
     for expected in [
         "cgroup driver cgroupfs",

@@ -12,6 +12,7 @@ use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use tokio::net::UnixStream;
 
+use super::about::Facts;
 use super::status::{Credentials, Outcome, Status};
 use crate::{
     containers::{UserNamespace, short},
@@ -58,6 +59,13 @@ pub(crate) async fn explain(socket: &Path, container: &str) -> anyhow::Result<()
         println!("{what:<13}{}", printable(&line));
     }
     Ok(())
+}
+
+/// What the daemon says of itself; None if there is none at this socket.
+pub(crate) async fn about(socket: &Path) -> Option<anyhow::Result<Facts>> {
+    UnixStream::connect(socket).await.ok()?;
+    let body = get(socket, "/about").await;
+    Some(body.and_then(|body| serde_json::from_slice(&body).context("the daemon is of another version")))
 }
 
 /// By its name, its id, or the beginning of its id if no other's begins so.

@@ -10,6 +10,7 @@ impl Config {
         // All of it: what is new is a mistake here until somebody has thought of it.
         let Self {
             docker_host,
+            file: _,
             place,
             identity: _,
             trust_image_metadata,

@@ -13,6 +13,7 @@ use aws_config::profile::ProfileFileRegionProvider;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{AppName, BehaviorVersion, Region, environment::EnvironmentVariableRegionProvider, imds};
+use aws_credential_types::provider::{ProvideCredentials as _, SharedCredentialsProvider};
 use aws_sdk_sts::Client;
 use aws_sdk_sts::config::interceptors::InterceptorContext;
 use aws_sdk_sts::config::retry::{ClassifyRetry, RetryAction};
@@ -25,6 +26,7 @@ use tokio::sync::RwLock;
 
 use super::clock::Comparison;
 use super::failure::{self, Failure, STALE_SOURCE, Subject};
+use super::source;
 use super::{AssumeFuture, Credentials, RoleSession, Sts};
 
 /// In every partition STS is regional, but the commercial one is what a daemon without any region most likely means.
@@ -53,12 +55,13 @@ pub(crate) struct Aws {
 /// One load of the configuration, and what was learned with it.
 struct Link {
     client: Client,
+    source: Option<SharedCredentialsProvider>,
     identity: OnceLock<CallerIdentity>,
 }
 
 impl Link {
-    fn new(client: Client) -> Arc<Self> {
-        Arc::new(Self { client, identity: OnceLock::new() })
+    fn new((client, source): (Client, Option<SharedCredentialsProvider>)) -> Arc<Self> {
+        Arc::new(Self { client, source, identity: OnceLock::new() })
     }
 }
 
@@ -80,10 +83,10 @@ impl Aws {
             let imds = imds.clone();
             async move { load(imds.as_ref(), region).await }
         });
-        let client = loaded.await.context(
+        let loaded = loaded.await.context(
             "the AWS SDK does not start: are there root certificates? Install ca-certificates, or set SSL_CERT_FILE",
         )?;
-        Ok(Self { imds, link: RwLock::new(Link::new(client)) })
+        Ok(Self { imds, link: RwLock::new(Link::new(loaded)) })
     }
 
     /// Who the daemon is to AWS: for the check at start, and for messages about refusals.
@@ -102,6 +105,13 @@ impl Aws {
         // Only names the daemon in later messages, so whoever was first may stay.
         let _ = link.identity.set(identity.clone());
         Ok(identity)
+    }
+
+    /// Where the daemon's own credentials come from, in the words of the SDK's settings; None if it has none.
+    pub(crate) async fn source(&self) -> Option<String> {
+        let provider = self.link().await.source.clone()?;
+        let credentials = provider.provide_credentials().await.ok()?;
+        Some(source::in_words(credentials.get_property()))
     }
 
     /// How much this host's clock is ahead of that of STS; None without an answer.
@@ -208,7 +218,7 @@ fn imds_client(endpoint: &str) -> Result<imds::Client, InvalidEndpoint> {
     Ok(builder.build())
 }
 
-async fn load(imds: Option<&imds::Client>, region: Option<Region>) -> Client {
+async fn load(imds: Option<&imds::Client>, region: Option<Region>) -> (Client, Option<SharedCredentialsProvider>) {
     let region = region.unwrap_or(Region::from_static(FALLBACK_REGION));
     let mut loader = aws_config::defaults(BehaviorVersion::latest())
         .region(region.clone())
@@ -233,7 +243,8 @@ async fn load(imds: Option<&imds::Client>, region: Option<Region>) -> Client {
             .with_custom_credential_source("Ec2InstanceMetadata", instance);
         loader = loader.credentials_provider(chain.build().await);
     }
-    client(aws_sdk_sts::config::Builder::from(&loader.load().await))
+    let loaded = loader.load().await;
+    (client(aws_sdk_sts::config::Builder::from(&loaded)), loaded.credentials_provider())
 }
 
 /// One retry mends a broken connection, a 5xx or a wrong clock at once; the patient retries are the keeper's.

@@ -98,6 +98,10 @@ impl Pins {
     }
 }
 
+pub(super) fn is_pinned(bpffs: &Path) -> bool {
+    bpffs.join(DIRECTORY).exists()
+}
+
 /// What has been removed, and what could not be.
 #[derive(Default)]
 pub(crate) struct Detached {

@@ -156,7 +156,11 @@ impl Place {
             }
             match self.attach(index, name.clone()).await {
                 Ok(()) => {
-                    info!("guarding uplink {name}{self}");
+                    // A container's start brings such, for moments, at each of its links.
+                    match name.starts_with("veth") {
+                        true => debug!("guarding {name}{self}, until it is on a bridge"),
+                        false => info!("guarding uplink {name}{self}"),
+                    }
                     self.attached.insert(index, name);
                 }
                 Err(error) if second => {

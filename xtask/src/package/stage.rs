@@ -11,6 +11,8 @@ pub(super) const BINARY: &str = "usr/bin/metadata-proxy";
 pub(super) const DOCUMENTS: &str = "usr/share/doc/metadata-proxy/";
 
 const UNITS: [&str; 2] = ["metadata-proxy.service", "metadata-proxy-attach.service"];
+/// For the engine's unit, which systemd reads beside it.
+const DROP_IN: &str = "docker.service.d/metadata-proxy.conf";
 const TEXTS: [&str; 5] = ["LICENSE-APACHE", "LICENSE-MIT", "README.md", "CHANGELOG.md", "SECURITY.md"];
 const CONFIGURATION: &str = "etc/metadata-proxy/config.toml";
 const COMPLETIONS: [(&str, &str); 3] = [
@@ -37,6 +39,8 @@ pub(super) fn files(daemon: &Path, manual: &Path) -> anyhow::Result<Vec<File>> {
         let text = fs::read_to_string(Path::new("examples").join(name)).with_context(|| format!("read {name}"))?;
         add(format!("usr/lib/systemd/system/{name}"), 0o644, unit(name, &text)?.into_bytes());
     }
+    let text = fs::read_to_string(Path::new("examples").join(DROP_IN)).with_context(|| format!("read {DROP_IN}"))?;
+    add(format!("usr/lib/systemd/system/{DROP_IN}"), 0o644, packaged(DROP_IN, &text).into_bytes());
     // Roles and session policies are nobody else's business.
     add(CONFIGURATION.into(), 0o600, read(Path::new("examples/config.toml"))?);
     for (name, path) in COMPLETIONS {
@@ -73,9 +77,7 @@ pub(super) fn lay_out(files: &[File], root: &Path) -> anyhow::Result<()> {
 /// As a package has it: the example is for a binary that somebody has put into /usr/local, without a configuration file.
 fn unit(name: &str, example: &str) -> anyhow::Result<String> {
     const VARIABLE: &str = "Environment=METADATA_PROXY_CONFIG=";
-    let text = example.strip_prefix(&format!("# /etc/systemd/system/{name}\n")).unwrap_or(example).trim_start();
-    let text =
-        text.replace("/usr/local/bin/", "/usr/bin/").replace(&format!("\n#{VARIABLE}"), &format!("\n{VARIABLE}"));
+    let text = packaged(name, example).replace(&format!("\n#{VARIABLE}"), &format!("\n{VARIABLE}"));
     let has = |start: &str| text.lines().any(|line| line.starts_with(start));
     ensure!(
         has(&format!("ExecStart=/{BINARY} ")),
@@ -86,6 +88,11 @@ fn unit(name: &str, example: &str) -> anyhow::Result<String> {
         "examples/{name} does not read /{CONFIGURATION}, not even in a comment: adapt xtask/src/package/stage.rs"
     );
     Ok(text)
+}
+
+fn packaged(name: &str, example: &str) -> String {
+    let text = example.strip_prefix(&format!("# /etc/systemd/system/{name}\n")).unwrap_or(example).trim_start();
+    text.replace("/usr/local/bin/", "/usr/bin/")
 }
 
 /// A folder with nothing of an earlier run in it.

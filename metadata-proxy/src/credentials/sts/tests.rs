@@ -50,7 +50,7 @@ async fn sts_that_is_asked(
         .endpoint_url(endpoint)
         .retry_config(retries)
         .credentials_provider(Source::new("AKIA", "source-secret", None, None, "test"));
-    let link = RwLock::new(Link::new(client(config)));
+    let link = RwLock::new(Link::new((client(config), None)));
     (Aws { imds: None, link }, last, requests)
 }
 
