@@ -52,12 +52,27 @@ pub(crate) fn daemon_for(target: Target, release: bool) -> anyhow::Result<PathBu
     }
     ebpf()?;
     install::c_toolchain()?;
+    cross(build(release), target, profile(release), "metadata-proxy")
+}
+
+/// The stand-ins that run beside whole hosts, for any processor.
+pub(crate) fn cloud_for(target: Target) -> anyhow::Result<PathBuf> {
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--package", "metadata-proxy-tests", "--bin", "cloud"]);
+    install::c_toolchain()?;
+    if target.is_native() {
+        run(&mut build)?;
+        return binary(profile(false), "cloud");
+    }
+    cross(build, target, profile(false), "cloud")
+}
+
+fn cross(mut build: Command, target: Target, profile: &str, name: &str) -> anyhow::Result<PathBuf> {
     let compiler = install::cross_compiler(target)?;
-    let mut build = build(release);
     build.args(["--target", target.triple]);
     compiler.apply(&mut build);
     run(&mut build)?;
-    binary(&format!("{}/{}", target.triple, profile(release)), "metadata-proxy")
+    binary(&format!("{}/{profile}", target.triple), name)
 }
 
 fn build(release: bool) -> Command {

@@ -95,20 +95,24 @@ pub(crate) fn run_all(options: &Options) -> anyhow::Result<()> {
     let groups = scenarios::chosen(&options.groups, options.quick)?;
     let scratch = workspace()?.join("target/host");
     fs::create_dir_all(&scratch).with_context(|| format!("create {}", scratch.display()))?;
-    let payload = payload::make(options.package.as_deref(), options.arch, &scratch)?;
+    let target = options.arch.target()?;
+    let package = options.package.clone().map_or_else(|| payload::newest(target), Ok)?;
+    payload::check(&package, target)?;
+    let payload = payload::make(&package, target, &scratch)?;
     install::emulator(options.arch.emulator())?;
 
     let begin = Instant::now();
+    println!("The package is {}.", package.display());
     println!("{:<16} {:<10} {:<52} {:<7} {:>4}  seen", "distribution", "group", "scenario", "result", "s");
     let mut good = true;
     for distribution in chosen {
-        let kernel = format!("linux-image-cloud-{}", options.arch.debian());
+        let kernel = format!("linux-image-cloud-{}", target.debian);
         let packages: Vec<&str> = PACKAGES.into_iter().chain([kernel.as_str(), distribution.client]).collect();
-        let name = format!("{}-{}", distribution.name, options.arch.debian());
+        let name = format!("{}-{}", distribution.name, target.debian);
         let recipe = Recipe {
             name: &name,
             release: distribution.release,
-            architecture: options.arch.debian(),
+            architecture: target.debian,
             packages: &packages,
             files: &FILES,
             wanted: &WANTED,

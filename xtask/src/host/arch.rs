@@ -1,6 +1,7 @@
-//! Processors that a guest may have.
+//! Processors that a guest may have, by Debian's names.
 
 use crate::install::{QEMU, QEMU_ARM};
+use crate::target::Target;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Arch {
@@ -9,24 +10,13 @@ pub(crate) enum Arch {
 }
 
 impl Arch {
-    /// As Debian names it, and so do packages.
-    pub(super) fn debian(self) -> &'static str {
-        match self {
-            Self::Amd64 => "amd64",
-            Self::Arm64 => "arm64",
-        }
-    }
-
-    /// As Rust names it, for programs that run in the guest.
-    pub(super) fn target(self) -> &'static str {
-        match self {
+    /// What programs for it are built for.
+    pub(super) fn target(self) -> anyhow::Result<Target> {
+        let triple = match self {
             Self::Amd64 => "x86_64-unknown-linux-gnu",
             Self::Arm64 => "aarch64-unknown-linux-gnu",
-        }
-    }
-
-    pub(super) fn is_native(self) -> bool {
-        self.target().starts_with(std::env::consts::ARCH)
+        };
+        Target::named(triple).map_err(anyhow::Error::msg)
     }
 
     pub(super) fn emulator(self) -> &'static str {
@@ -43,7 +33,7 @@ impl Arch {
         }
     }
 
-    /// All that the emulator has. The architected way to authenticate pointers takes half of an emulated Arm's time.
+    /// All that the emulator has. To authenticate pointers as Arm's architecture says would be slow to emulate.
     pub(super) fn processor(self) -> &'static str {
         match self {
             Self::Amd64 => "max",

@@ -91,8 +91,11 @@ loaded() {
 
 serves() { metadata-proxy ps; }
 
-main_pid() { systemctl show --property MainPID --value "$unit"; }
-replaced() { [ "$(main_pid)" != "$1" ] && [ "$(main_pid)" != 0 ]; }
+main_pid() {
+    pid=$(systemctl show --property MainPID --value "$unit")
+    [ "$pid" != 0 ] && echo "$pid" || echo "no-daemon"
+}
+replaced() { [ "$(main_pid)" != "$1" ] && [ "$(main_pid)" != no-daemon ]; }
 
 # configure TEXT: the daemon's file, which it has not read yet.
 configure() { echo "$1" > "$config"; }
@@ -140,7 +143,8 @@ tidy() {
     no_containers
     rm -rf /var/lib/asked /var/lib/seen
     docker swarm leave --force > /dev/null 2>&1
-    systemctl restart metadata-proxy-attach.service "$unit"
+    systemctl reset-failed "$unit"
+    systemctl restart "$unit"
     sleep 0.2
     : > /run/cloud.log
 }

@@ -7,7 +7,7 @@ use crate::host::guest::Guest;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario { name: "upgrade under load: no request fails", run: upgrade },
-    Scenario { name: "removal: no daemon, nothing attached", run: removal },
+    Scenario { name: "removal: no daemon, nothing attached, containers stay", run: removal },
     Scenario { name: "purge: no configuration, no logs", run: purge },
 ];
 
@@ -27,13 +27,15 @@ fn upgrade(guest: &mut Guest) -> anyhow::Result<String> {
 }
 
 fn removal(guest: &mut Guest) -> anyhow::Result<String> {
-    let seen = guest.sh("dpkg --remove metadata-proxy > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
+    let seen = guest.sh("docker run --detach --name stays --stop-signal KILL box sleep 3600 > /dev/null
+         dpkg --remove metadata-proxy > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
          pidof metadata-proxy
          ls -d /sys/fs/bpf/metadata-proxy 2> /dev/null
          tc filter show dev eth0 egress
          systemctl list-units --plain --no-legend --all 'metadata-proxy*' | grep -v not-found
+         docker ps --format '{{.Names}}'
          docker run --rm box ask 3; sleep 0.2; : > /run/cloud.log")?;
-    same(&seen, "simulated-host-role ASIAHOSTSECRET000001")?;
+    same(&seen, "stays\nsimulated-host-role ASIAHOSTSECRET000001")?;
     Ok("containers have the real service again".to_owned())
 }
 
