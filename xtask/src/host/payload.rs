@@ -33,6 +33,8 @@ pub(super) fn make(package: &Path, target: Target, scratch: &Path) -> anyhow::Re
     }
     fs::copy(build::cloud_for(target)?, folder.join("cloud")).context("copy the stand-ins")?;
     fs::copy(package, folder.join("now.deb")).with_context(|| format!("copy {}", package.display()))?;
+    fs::copy(image_of(package, target), folder.join("image.tar"))
+        .context("copy the container image, which `cargo xtask package` makes beside the package")?;
     earlier(package, &folder.join("before.deb"), scratch)?;
     let disk = scratch.join("payload.disk");
     disk_of(&folder, &disk, "512M")?;
@@ -52,6 +54,11 @@ pub(super) fn newest(target: Target) -> anyhow::Result<PathBuf> {
         let (debian, triple) = (target.debian, target.triple);
         format!("no package for {debian} in {}; make it with: cargo xtask package --target {triple}", folder.display())
     })
+}
+
+/// The container image that was made together with a package.
+fn image_of(package: &Path, target: Target) -> PathBuf {
+    package.with_file_name(format!("metadata-proxy-{}-{}.image.tar", env!("CARGO_PKG_VERSION"), target.machine))
 }
 
 /// Whether a package is for this processor.

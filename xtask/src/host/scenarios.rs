@@ -1,6 +1,7 @@
 //! What happens to a host, in groups. Each scenario says what was seen, or how that was not as it should be.
 
 mod boots;
+mod container;
 mod engine;
 mod package;
 mod roles;
@@ -25,14 +26,15 @@ pub(super) struct Group {
     pub(super) scenarios: &'static [Scenario],
 }
 
-/// In this order: the first makes the host what the others take for granted, and the last ends it.
-const GROUPS: [Group; 6] = [
+/// In this order: the first makes the host what the others take for granted, and from the last but one on the package is gone.
+const GROUPS: [Group; 7] = [
     Group { name: "start", quick: true, scenarios: start::SCENARIOS },
     Group { name: "roles", quick: true, scenarios: roles::SCENARIOS },
     Group { name: "service", quick: true, scenarios: service::SCENARIOS },
     Group { name: "engine", quick: false, scenarios: engine::SCENARIOS },
     Group { name: "boots", quick: false, scenarios: boots::SCENARIOS },
     Group { name: "package", quick: true, scenarios: package::SCENARIOS },
+    Group { name: "container", quick: true, scenarios: container::SCENARIOS },
 ];
 
 /// The groups of these names, all if there are none; the first is always among them.
