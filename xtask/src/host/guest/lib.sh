@@ -140,10 +140,11 @@ tidy() {
     umount /var/log/metadata-proxy 2> /dev/null
     [ ! -d "${config%/*}" ] || configure ''
     [ ! -e /etc/docker/daemon.json ] || engine '{}'
+    systemctl reset-failed
+    systemctl start docker.service
     no_containers
     rm -rf /var/lib/asked /var/lib/seen
     docker swarm leave --force > /dev/null 2>&1
-    systemctl reset-failed "$unit"
     systemctl restart "$unit"
     sleep 0.2
     : > /run/cloud.log

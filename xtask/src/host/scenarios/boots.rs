@@ -50,7 +50,7 @@ fn no_daemon(guest: &mut Guest) -> anyhow::Result<String> {
          systemctl --failed --no-legend --plain | cut -d' ' -f1 | tr '\\n' ' '",
     )?;
     let lines: Vec<&str> = seen.text.lines().collect();
-    let ["degraded", "inactive" | "failed", docker, failed] = *lines else { bail!("{}", seen.text) };
+    let ["degraded", "inactive" | "failed" | "activating", docker, failed] = *lines else { bail!("{}", seen.text) };
     ensure!(docker.contains("Cannot connect"), "{}", seen.text);
     let back = guest.sh(
         "mv /usr/bin/metadata-proxy.away /usr/bin/metadata-proxy
