@@ -32,7 +32,7 @@ fn removal(guest: &mut Guest) -> anyhow::Result<String> {
          pidof metadata-proxy
          ls -d /sys/fs/bpf/metadata-proxy 2> /dev/null
          tc filter show dev eth0 egress
-         systemctl list-units --plain --no-legend --all 'metadata-proxy*' | grep -v not-found
+         systemctl list-units --plain --no-legend --all 'metadata-proxy*' | grep -v -e not-found -e masked
          docker ps --format '{{.Names}}'
          docker run --rm box ask 3; sleep 0.2; : > /run/cloud.log")?;
     same(&seen, "stays\nsimulated-host-role ASIAHOSTSECRET000001")?;
