@@ -7,7 +7,7 @@
 
 /// Raised whenever a layout in this file changes. Pinned maps live in a directory of this version,
 /// because nothing checks the layout of a map that is opened by its pin.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// The IPv4 address of IMDS, 169.254.169.254, as it stands in a packet.
 pub const IMDS_V4: u32 = u32::from_ne_bytes([169, 254, 169, 254]);
@@ -35,10 +35,32 @@ pub const CGROUP_LEVELS: usize = 8;
 pub struct Settings {
     /// Cookie of the network namespace in which the host's own processes live.
     pub host_netns: u64,
+    /// Id of the cgroup that the programs are attached to, for the one that runs for all cgroups.
+    pub cgroup: u64,
+    /// Its level below the root, which has 0.
+    pub cgroup_level: u32,
     /// First SYN timeout of an intercepted connection, in jiffies.
     pub syn_timeout: u32,
     /// `TCP_SYNCNT` of an intercepted connection: how often it retries while it is held.
     pub syn_retries: u32,
+    pub task: TaskLayout,
+}
+
+/// Where the running kernel keeps what tells how deep a task's namespaces are: offsets in bytes, which differ from
+/// build to build.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TaskLayout {
+    /// `task_struct.thread_pid`, a pointer to a `pid`; 0 if none of this is known.
+    pub thread_pid: u32,
+    /// `pid.level`: how many PID namespaces there are above the task's own.
+    pub pid_level: u32,
+    /// `task_struct.cred`, a pointer to a `cred`.
+    pub cred: u32,
+    /// `cred.user_ns`, a pointer to a `user_namespace`.
+    pub user_ns: u32,
+    /// `user_namespace.level`: how many user namespaces there are above it.
+    pub user_level: u32,
 }
 
 /// Who opened an intercepted connection, as the kernel saw it at connect time.
@@ -133,10 +155,12 @@ pub enum Counter {
     /// Cgroups named like containers' that found their map full. Those that the host has made are, in the
     /// host's network namespace, not intercepted until the daemon knows them.
     CgroupsLost,
+    /// Socket options refused to containers, because what the socket sends would pass the guard.
+    Options,
 }
 
 impl Counter {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Redirected,
         Self::Approved,
         Self::Direct,
@@ -146,6 +170,7 @@ impl Counter {
         Self::Unknown,
         Self::WantedLost,
         Self::CgroupsLost,
+        Self::Options,
     ];
 }
 

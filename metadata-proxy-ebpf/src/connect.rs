@@ -19,6 +19,7 @@ use metadata_proxy_common::{
 use crate::{
     cgroup::kind_of_current,
     maps::{CLIENTS, count, listener, settings},
+    sandbox,
 };
 
 /// Third word of a v4-mapped IPv6 address, `::ffff:a.b.c.d`.
@@ -102,8 +103,9 @@ fn imds(ctx: &SockAddrContext, addr: &bpf_sock_addr, address: [u32; 4]) -> Verdi
     let host = match kind_of_current() {
         Some(CGROUP_EXEMPT | CGROUP_INSTANCE) => true,
         Some(_) => false,
-        // In any other namespace it must be somebody's container, before anyone has told us.
-        None => flow.netns == settings.host_netns,
+        // In any other namespace it must be somebody's container, before anyone has told us; in the host's, what is in
+        // further namespaces of its own.
+        None => flow.netns == settings.host_netns && !sandbox::is_current(&settings.task),
     };
     let mut client = Client {
         flow,

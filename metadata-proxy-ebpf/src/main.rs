@@ -11,13 +11,17 @@ mod cgroup;
 mod connect;
 mod egress;
 mod maps;
+mod options;
 mod peer;
+mod sandbox;
 mod sockops;
 mod uplink;
 
 use aya_ebpf::{
-    macros::{cgroup_skb, cgroup_sock_addr, classifier, sock_ops, tracepoint},
-    programs::{SkBuffContext, SockAddrContext, SockOpsContext, TcContext, TracePointContext},
+    macros::{cgroup_skb, cgroup_sock_addr, cgroup_sockopt, classifier, fentry, sock_ops, tracepoint},
+    programs::{
+        FEntryContext, SkBuffContext, SockAddrContext, SockOpsContext, SockoptContext, TcContext, TracePointContext,
+    },
 };
 
 // A program must not be named like a section ("sockops", "classifier"): the linker takes the two
@@ -59,6 +63,18 @@ pub fn imds_egress(ctx: SkBuffContext) -> i32 {
 #[classifier]
 pub fn imds_uplink(ctx: TcContext) -> i32 {
     uplink::verdict(&ctx)
+}
+
+/// Loaded as one that changes what the function returns, which is no section that the loader knows.
+#[fentry(function = "security_socket_setsockopt")]
+pub fn imds_setsockopt_any(ctx: FEntryContext) -> i32 {
+    options::asked(&ctx)
+}
+
+/// Where the kernel takes no such program.
+#[cgroup_sockopt(setsockopt)]
+pub fn imds_setsockopt(ctx: SockoptContext) -> i32 {
+    options::set(&ctx) as i32
 }
 
 #[tracepoint]

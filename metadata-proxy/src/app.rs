@@ -43,6 +43,7 @@ use crate::{
 };
 
 use interception::Interception;
+pub(crate) use interception::SANDBOXES_UNTOLD;
 
 type Reloaded = Result<Config, BadConfig>;
 

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 
 use crate::{
     admin::{about::Facts, client},
+    app::SANDBOXES_UNTOLD,
     config::{self, Config, Place},
     containers::{cgroup, docker::Engine},
     credentials::{Aws, CLOCK_TOLERANCE},
@@ -37,6 +38,8 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.line("tracefs", preflight::tracefs().map(|()| "mounted".to_owned()));
     table.line("network namespaces", netns::current_cookie().map(|cookie| format!("the host's has cookie {cookie}")));
     table.line("BPF programs", interceptor::try_load().map(|()| "the kernel accepts all of them".to_owned()));
+    table.advice("sandboxes", sandboxes());
+    table.advice("socket options", interceptor::try_load_options());
     table.line("uplinks", uplinks().await);
     table.line("exempt cgroups", exempt(config));
     table.line("Docker", docker(config).await);
@@ -67,6 +70,21 @@ impl Table {
             }
         }
     }
+
+    /// Of something that is not needed to run.
+    fn advice(&mut self, name: &str, result: anyhow::Result<String>) {
+        match result {
+            Ok(detail) => self.line(name, Ok(detail)),
+            Err(error) => println!("warning {name:<20}{error:#}"),
+        }
+    }
+}
+
+/// What a kernel may lack.
+fn sandboxes() -> anyhow::Result<String> {
+    let untold = || format!("in the host's network, {SANDBOXES_UNTOLD}");
+    interceptor::task_layout().with_context(untold)?;
+    Ok("told by their namespaces".to_owned())
 }
 
 /// Whom all else is about: a daemon that runs has an environment of its own, such as its unit's.

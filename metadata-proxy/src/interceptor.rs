@@ -3,10 +3,12 @@
 //! Programs, links and maps are pinned: when the daemon is gone, however it went, the containers'
 //! connections to IMDS go on being intercepted and fail, and none reaches the real service.
 
+mod btf;
 pub(crate) mod features;
 mod link;
 mod maps;
 mod object;
+mod options;
 pub(crate) mod preflight;
 mod syscall;
 mod uplinks;
@@ -20,7 +22,7 @@ use std::{
 
 use aya::maps::{Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf, SkStorage};
 use metadata_proxy_common::{
-    CGROUP_CONTAINER, CGROUP_EXEMPT, CGROUP_INSTANCE, Counter, Flow, LAYOUT_VERSION, Settings, Wanted,
+    CGROUP_CONTAINER, CGROUP_EXEMPT, CGROUP_INSTANCE, Counter, Flow, LAYOUT_VERSION, Settings, TaskLayout, Wanted,
 };
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
@@ -67,7 +69,17 @@ pub(crate) fn is_attached(bpffs: &Path) -> bool {
 /// Whether the kernel takes the programs; they are not attached.
 pub(crate) fn try_load() -> anyhow::Result<()> {
     let mut object = object::load_unpinned()?;
-    Ok(link::load_all(&mut object)?)
+    Ok(link::load_all(&mut object, link::needed())?)
+}
+
+/// The same for what closes ways around the uplinks' guard, which not every kernel takes.
+pub(crate) fn try_load_options() -> anyhow::Result<String> {
+    options::try_load(&mut object::load_unpinned()?)
+}
+
+/// By what sandboxes are told in the host's network namespace.
+pub(crate) fn task_layout() -> anyhow::Result<TaskLayout> {
+    btf::Btf::of_kernel()?.task_layout()
 }
 
 /// The attached programs' maps.
@@ -90,6 +102,7 @@ impl Interceptor {
     ) -> Result<(Self, WantedEvents, Uplinks), Error> {
         let pins = object::Pins::create(options.bpffs, options.cgroup, LAYOUT_VERSION)?;
         let mut object = object::load(&pins, options.debug)?;
+        let options_of_any = options::load(&object);
 
         // Before any program runs: without settings they refuse everything.
         let mut settings: Array<MapData, Settings> = maps::take(&mut object, "SETTINGS")?;
@@ -104,7 +117,7 @@ impl Interceptor {
             counters: maps::take(&mut object, "COUNTERS")?,
         };
         let wanted = WantedEvents::new(maps::take(&mut object, "WANTED")?)?;
-        link::load_all(&mut object)?;
+        link::load_all(&mut object, link::needed())?;
         link::attach_all(&mut object, link::TRACKERS, &pins, options.cgroup)?;
         know(&interceptor)?;
         if pins.earlier_link("imds_egress").is_some() {
@@ -114,6 +127,7 @@ impl Interceptor {
         } else {
             link::attach_all(&mut object, link::HOOKS, &pins, options.cgroup)?;
         }
+        options::attach(&mut object, options_of_any, &pins, options.cgroup);
         object::follow_log(&mut object);
         let uplinks = Uplinks::new(object, pins, options.worker);
         Ok((interceptor, wanted, uplinks))

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use metadata_proxy_common::Settings;
+use metadata_proxy_common::{Settings, TaskLayout};
 use rustix::{
     process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit},
     time::{ClockId, clock_getres},
@@ -31,6 +31,10 @@ use crate::{
 /// First SYN timeout of an intercepted connection, and how long it is held at most.
 const SYN_TIMEOUT: Duration = Duration::from_millis(8);
 const HOLD_BUDGET: Duration = Duration::from_secs(4);
+
+/// Where the kernel does not say how it keeps a task's namespaces.
+pub(crate) const SANDBOXES_UNTOLD: &str =
+    "a container is told by the name of its cgroup alone, and builds and sandboxes of other kinds have the host's role";
 
 /// What is in force, and what else was found on the way.
 pub(super) struct Interception {
@@ -100,7 +104,8 @@ fn prepare(place: &Place) -> anyhow::Result<Prepared> {
     }
     preflight::bpffs(&place.bpffs, place.is_whole_host())?;
     preflight::tracefs()?;
-    Ok(Prepared { cgroup, cgroup2, settings: settings()?, worker: netns::Worker::start()? })
+    let settings = settings(&cgroup, &cgroup2)?;
+    Ok(Prepared { cgroup, cgroup2, settings, worker: netns::Worker::start()? })
 }
 
 fn options<'a>(
@@ -138,11 +143,23 @@ fn raise_file_limit() {
     }
 }
 
-fn settings() -> anyhow::Result<Settings> {
+fn settings(cgroup: &Path, cgroup2: &Path) -> anyhow::Result<Settings> {
+    let task = interceptor::task_layout().unwrap_or_else(|error| {
+        warn!("in the host's network, {SANDBOXES_UNTOLD}: {error:#}");
+        TaskLayout::default()
+    });
+    let below = cgroup.strip_prefix(cgroup2).unwrap_or(Path::new(""));
     // The kernel counts the timeout in ticks, and the coarse clock advances once a tick.
     let tick = Duration::try_from(clock_getres(ClockId::MonotonicCoarse)).unwrap_or(Duration::from_millis(4));
     let (syn_timeout, syn_retries) = patience(tick);
-    Ok(Settings { host_netns: netns::current_cookie()?, syn_timeout, syn_retries })
+    Ok(Settings {
+        host_netns: netns::current_cookie()?,
+        cgroup: cgroup::id_at(cgroup2, below)?,
+        cgroup_level: below.iter().count() as u32,
+        syn_timeout,
+        syn_retries,
+        task,
+    })
 }
 
 /// The first SYN timeout in ticks, and after how many retries, each waiting twice as long as the one

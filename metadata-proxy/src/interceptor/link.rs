@@ -4,7 +4,7 @@
 
 use std::{
     fs::{self, File},
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -39,9 +39,17 @@ pub(super) fn attach_all<'a>(
     Ok(())
 }
 
-/// Has the kernel verify all programs.
-pub(super) fn load_all(object: &mut Ebpf) -> Result<(), Error> {
-    for name in TRACKERS.iter().chain(HOOKS).copied().chain([uplinks::PROGRAM]) {
+/// All that the daemon cannot do without.
+pub(super) fn needed() -> impl Iterator<Item = &'static &'static str> {
+    TRACKERS.iter().chain(HOOKS).chain([&uplinks::PROGRAM])
+}
+
+/// Has the kernel verify programs.
+pub(super) fn load_all<'a>(
+    object: &mut Ebpf,
+    programs: impl IntoIterator<Item = &'a &'static str>,
+) -> Result<(), Error> {
+    for name in programs.into_iter().copied() {
         let program = object.program_mut(name).ok_or(Error::Missing(name))?;
         load(program).map_err(|source| super::object::load_error(source.context(name)))?;
     }
@@ -55,6 +63,7 @@ fn load(program: &mut Program) -> anyhow::Result<()> {
         Program::SockOps(program) => program.load()?,
         Program::TracePoint(program) => program.load()?,
         Program::SchedClassifier(program) => program.load()?,
+        Program::CgroupSockopt(program) => program.load()?,
         _ => bail!("a program of an unexpected type"),
     }
     Ok(())
@@ -92,22 +101,31 @@ fn exchange(program: &Program, pin: &Path) -> anyhow::Result<()> {
     syscall::update_link(link.as_fd(), program.fd()?.as_fd()).context("cannot exchange the program")
 }
 
+/// As with trace events, the new one runs beside the old one for a moment: what one refuses, both do.
+pub(super) fn attach_any(program: &OwnedFd, pin: &Path) -> anyhow::Result<()> {
+    let link = syscall::attach_modify_return(program.as_fd()).context("the kernel makes no link")?;
+    replace(pin, |new| Ok(syscall::pin(link.as_fd(), new)?))
+}
+
 /// Pins a link in the place of one that is of no use any more.
-fn replace(pin: &Path, link: FdLink) -> anyhow::Result<()> {
+fn replace(pin: &Path, link: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let mut new = pin.as_os_str().to_owned();
     // Names in a bpffs have no dots.
     new.push("_new");
     // Of a daemon that was killed just here.
     let _ = fs::remove_file(&new);
-    link.pin(&new).context("cannot pin the link")?;
+    link(new.as_ref()).context("cannot pin the link")?;
     fs::rename(&new, pin).context("cannot rename the pinned link")
 }
 
-fn new_link(program: &mut Program, cgroup: &File, pin: &Path) -> anyhow::Result<FdLink> {
+/// Puts a link at a path.
+type ToPin = Box<dyn FnOnce(&Path) -> anyhow::Result<()>>;
+
+fn new_link(program: &mut Program, cgroup: &File, pin: &Path) -> anyhow::Result<ToPin> {
     // The kernel lets several links share a hook, whatever the mode; and it refuses any other mode
     // for a link with EINVAL.
     let mode = CgroupAttachMode::Single;
-    Ok(match program {
+    let link: FdLink = match program {
         Program::CgroupSockAddr(program) => {
             let id = program.attach(cgroup, mode)?;
             program.take_link(id)?.try_into()?
@@ -120,6 +138,11 @@ fn new_link(program: &mut Program, cgroup: &File, pin: &Path) -> anyhow::Result<
             let id = program.attach(cgroup, mode)?;
             program.take_link(id)?.try_into()?
         }
+        // aya does not give its link away.
+        Program::CgroupSockopt(program) => {
+            let link = syscall::link_setsockopt(program.fd()?.as_fd(), cgroup.as_fd())?;
+            return Ok(Box::new(move |pin| Ok(syscall::pin(link.as_fd(), pin)?)));
+        }
         Program::TracePoint(program) => {
             let event = if pin.ends_with("imds_cgroup_made") { "cgroup_mkdir" } else { "cgroup_rmdir" };
             let id =
@@ -127,5 +150,6 @@ fn new_link(program: &mut Program, cgroup: &File, pin: &Path) -> anyhow::Result<
             program.take_link(id)?.try_into()?
         }
         _ => bail!("a program of an unexpected type"),
-    })
+    };
+    Ok(Box::new(move |pin| Ok(link.pin(pin).map(drop)?)))
 }

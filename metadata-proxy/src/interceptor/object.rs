@@ -19,7 +19,7 @@ use tracing::{info, warn};
 
 use super::{Error, maps, uplinks};
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("METADATA_PROXY_EBPF_OBJECT"));
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("METADATA_PROXY_EBPF_OBJECT"));
 
 /// Ours within the bpffs.
 const DIRECTORY: &str = "metadata-proxy";
@@ -50,6 +50,14 @@ impl Pins {
 
     pub(super) fn link(&self, program: &str) -> PathBuf {
         self.links.join(program)
+    }
+
+    /// Detaches what another program does now, whichever layout it is of.
+    pub(super) fn forget_link(&self, program: &str) {
+        for pin in [self.link(program)].into_iter().chain(self.earlier_link(program)) {
+            // Mostly there is none.
+            let _ = fs::remove_file(pin);
+        }
     }
 
     /// Where a daemon with another layout has left a link to the same cgroup.
@@ -199,15 +207,15 @@ mod tests {
     #[test]
     fn maps_change_only_with_the_layout_version() {
         // Name, type, size of the key and of the value in bytes, entries, flags.
-        let of_version_2 = [
-            ("SETTINGS", 2, 4, 16, 1, 0),
+        let of_version_3 = [
+            ("SETTINGS", 2, 4, 48, 1, 0),
             ("CGROUPS", 1, 8, 4, 16384, 0),
             ("NESTED", 1, 8, 4, 4096, 0),
             ("LISTENERS", 1, 8, 4, 16384, 0),
             ("OURS", 24, 4, 4, 0, 1),
             ("FLOWS", 9, 24, 88, 16384, 0),
             ("WANTED", 27, 0, 0, 65536, 0),
-            ("COUNTERS", 6, 4, 8, 9, 0),
+            ("COUNTERS", 6, 4, 8, 10, 0),
             ("CLIENTS", 24, 4, 112, 0, 1),
             ("ACCEPTED", 24, 4, 88, 0, 1),
         ];
@@ -216,6 +224,6 @@ mod tests {
             let map = &object.maps[name];
             (name, map.map_type(), map.key_size(), map.value_size(), map.max_entries(), map.map_flags())
         });
-        assert_eq!((LAYOUT_VERSION, maps), (2, of_version_2), "the maps have changed: raise LAYOUT_VERSION");
+        assert_eq!((LAYOUT_VERSION, maps), (3, of_version_3), "the maps have changed: raise LAYOUT_VERSION");
     }
 }

@@ -1,6 +1,6 @@
 //! The ways that one process goes by itself, each in a container that fits.
 
-use super::Expect::{self, Known, Ours, Refused, RefusedIfThere};
+use super::Expect::{self, Ours, Refused, RefusedIfThere};
 
 /// A container that the table's ways are tried in. Its role has its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,8 +93,6 @@ const fn vain(words: &'static str, place: Place, expect: Expect) -> Way {
 const fn held(way: Way) -> Way {
     Way { held: true, ..way }
 }
-
-const DIRECT: &str = "such frames go to the device past tc. Drop CAP_NET_RAW from containers in the host's network";
 
 pub(super) const TABLE: &[Way] = &[
     // Connections, which are redirected.
@@ -193,6 +191,6 @@ pub(super) const TABLE: &[Way] = &[
     way("frame-direct eth0", Place::Macvlan, Refused),
     way("frame up0", Place::Host, Refused),
     way("frame6 up0", Place::Host, Refused),
-    way("frame-direct up0", Place::Host, Known(DIRECT)),
-    way("frame-xdp up0", Place::Host, Known(DIRECT)),
+    way("frame-direct up0", Place::Host, Refused),
+    way("frame-xdp up0", Place::Host, Refused),
 ];
