@@ -8,6 +8,7 @@
 
 mod disruption;
 mod elsewhere;
+mod sandboxes;
 mod scenarios;
 mod scene;
 mod table;
@@ -33,6 +34,8 @@ pub enum Expect {
     Refused,
     /// Nobody answers, and this kernel may not even have such sockets.
     RefusedIfThere,
+    /// Whoever answers, it is not the real service.
+    Elsewhere,
     /// The real service answers a process of the host.
     Host,
     /// It gets through; SECURITY.md says why, and what helps.
@@ -46,6 +49,7 @@ impl fmt::Display for Expect {
             Self::Nobody => f.write_str("no role"),
             Self::Refused => f.write_str("refused"),
             Self::RefusedIfThere => f.write_str("refused, if there"),
+            Self::Elsewhere => f.write_str("not there"),
             Self::Host => f.write_str("the host's role"),
             Self::Known(_) => f.write_str("known leak"),
         }
@@ -144,6 +148,7 @@ impl Row {
             }
             Expect::Nobody => check(answer == Some("HTTP 404"), "not answered as nobody"),
             Expect::Refused | Expect::RefusedIfThere => check(answer.is_none(), "answered"),
+            Expect::Elsewhere => {}
             Expect::Host => check(answer == Some(HOST_ROLE), "a host process has lost the real service"),
             Expect::Known(_) => check(!self.seen.nothing(), "no longer gets through: say so in SECURITY.md"),
         }
@@ -166,6 +171,7 @@ impl Row {
 /// All rows, in the order in which they were tried.
 pub async fn run() -> Result<Vec<Row>> {
     let mut scene = Scene::set().await?;
+    let sandboxes = scene.before_sandboxes().await?;
     let before = scene.before().await?;
     let mut rows = Vec::new();
     scene.start_daemon().await?;
@@ -174,6 +180,7 @@ pub async fn run() -> Result<Vec<Row>> {
     // At once, for some wait long. What arrives counts against whichever row looks first.
     let (held, table) = tokio::try_join!(scene.held_over(before.held), scene.table(&before.seen))?;
     rows.extend(held.into_iter().chain(table));
+    rows.extend(scene.sandboxes(sandboxes).await?);
     rows.extend(scene.scenarios().await?);
     rows.extend(scene.disruption().await?);
     Ok(rows)

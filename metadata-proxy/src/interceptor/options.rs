@@ -80,4 +80,3 @@ fn descriptor(map: &Map) -> i32 {
         _ => NO_MAP,
     }
 }
-

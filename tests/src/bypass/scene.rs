@@ -95,6 +95,11 @@ impl Scene {
     pub(super) fn spec<S: Into<String>>(&self, name: &str, cmd: impl IntoIterator<Item = S>) -> ContainerSpec {
         spec(&self.probe, name, cmd).bind(format!("{}:{SHARE}", self.share.display()))
     }
+
+    pub(super) fn probe_file(&self) -> &Path {
+        &self.probe
+    }
+
     pub(super) fn container(&self, place: Place) -> Result<&Container> {
         self.containers.get(place.name()).with_context(|| format!("there is no container {}", place.name()))
     }
@@ -140,7 +145,7 @@ impl Scene {
     /// Tries a way as a process of the host.
     pub(super) async fn probe_on_host(&self, script: &str) -> Result<Report> {
         let mut command = self.host.command("timeout");
-        command.args([LIMIT, "sh", "-ec", script]).env("PROBE", &self.probe);
+        command.args([LIMIT, "sh", "-ec", script]).env("PROBE", &self.probe).env("SHARE", &self.share);
         let output = tokio::process::Command::from(command).output().await.context("running a host process")?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let exit_code = output.status.code().unwrap_or(-1).into();

@@ -8,12 +8,17 @@ use anyhow::Context as _;
 
 use super::{apt, find};
 
-const PROGRAMS: [(&str, &str); 5] = [
+const PROGRAMS: [(&str, &str); 9] = [
     ("dockerd", "docker.io"),
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("ip", "iproute2"),
     ("nsenter", "util-linux"),
+    // What the networks of rootless engines end at.
+    ("newuidmap", "uidmap"),
+    ("pasta", "passt"),
+    ("rootlesskit", "rootlesskit"),
+    ("slirp4netns", "slirp4netns"),
 ];
 
 const POLICY: &str = "/usr/sbin/policy-rc.d";
