@@ -132,6 +132,12 @@ pub struct Row {
 }
 
 impl Row {
+    /// One that was not tried without us, and at which nothing has arrived.
+    fn of(way: &str, place: &str, expect: Expect, report: Report) -> Self {
+        let (way, place, seen) = (way.to_owned(), place.to_owned(), Seen::default());
+        Self { way, place, expect, report, seen, before: None, leads_there: false }
+    }
+
     /// What is not as it must be.
     pub fn differences(&self) -> Vec<String> {
         let mut differences = Vec::new();

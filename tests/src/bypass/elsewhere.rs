@@ -4,6 +4,7 @@
 use anyhow::Result;
 
 use super::{
+    Expect::Refused,
     Row, Seen,
     scene::{PROBE, probe, report, spec},
     table::{Place, TABLE},
@@ -24,9 +25,12 @@ pub async fn run_on(stage: &Stage) -> Result<Vec<Row>> {
             let finished = container.exec([PROBE].into_iter().chain(way.words.split(' '))).await?;
             let seen = Seen { requests: stage.imds.requests().len(), packets: String::new() };
             stage.imds.clear();
-            let (way, place, expect) = (way.words.to_owned(), place.name().to_owned(), way.expect);
-            let report = report(finished)?;
-            rows.push(Row { way, place, expect, report, seen, before: None, leads_there: false });
+            rows.push(Row { seen, ..Row::of(way.words, place.name(), way.expect, report(finished)?) });
+        }
+        if place == Place::Host {
+            // These kernels take the program that refuses it to 32-bit programs, too.
+            let report = report(container.exec([PROBE, "option-32"]).await?)?;
+            rows.push(Row::of("option-32", place.name(), Refused, report));
         }
         container.remove().await?;
     }

@@ -7,7 +7,7 @@ use futures_util::future::try_join_all;
 use tokio::{task::JoinHandle, time::Instant};
 
 use super::{
-    Expect::{self, Host, Nobody, Ours, Refused},
+    Expect::{self, Host, Known, Nobody, Ours, Refused},
     Report, Row, Seen,
     scene::{PROBE, SHARE, Scene, privileged, report},
     table::Place,
@@ -140,9 +140,20 @@ impl Scene {
             rows.push(self.row(what, "(host process)", expect, asked));
         }
         let holder = format!("host-netns {}", self.host.machine().holder());
+        let asked = self.probe_on_host("exec $PROBE option").await?;
+        rows.push(self.row("PACKET_QDISC_BYPASS is set", "(host process)", Ours("set"), asked));
+        rows.push(self.by_32_bit_program(Place::Host, "frame-direct-32 up0").await?);
         let asked = self.in_host_pids("nsenter", &format!("exec {PROBE} {holder}")).await?;
         rows.push(self.row("setns to the host's network", "nsenter", Ours("nsenter"), asked));
         Ok(rows)
+    }
+
+    /// Refused where the kernel takes a program for that, which the daemon tells in its log.
+    async fn by_32_bit_program(&self, place: Place, words: &str) -> Result<Row> {
+        let log = self.daemon.as_ref().context("the daemon is not there")?.log()?;
+        let open = "this kernel takes no program that changes what its functions return";
+        let expect = if log.contains("by 32-bit programs") { Known(open) } else { Refused };
+        Ok(self.row(words, place.name(), expect, self.probe(place, words).await?))
     }
 
     /// In a privileged container that sees the host's processes.

@@ -193,4 +193,6 @@ pub(super) const TABLE: &[Way] = &[
     way("frame6 up0", Place::Host, Refused),
     way("frame-direct up0", Place::Host, Refused),
     way("frame-xdp up0", Place::Host, Refused),
+    vain("option", Place::Host, Refused),
+    vain("option", Place::Privileged, Refused),
 ];

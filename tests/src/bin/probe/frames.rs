@@ -1,5 +1,6 @@
 //! Whole frames, given to an interface past the IP layer.
 
+use std::os::fd::OwnedFd;
 use std::{fs, net::Ipv4Addr};
 
 use libc::{AF_PACKET, AF_XDP, SOCK_DGRAM, SOCK_RAW};
@@ -20,9 +21,35 @@ pub(crate) enum Packet {
     V6,
 }
 
-/// By AF_PACKET; on request past the queueing discipline too, where tc looks at frames.
-pub(crate) fn packet(interface: &str, packet: Packet, direct: bool) -> Tried {
-    const PACKET_QDISC_BYPASS: libc::c_int = 20;
+/// How PACKET_QDISC_BYPASS is set: then frames pass the queueing discipline, where tc looks at them.
+#[derive(Clone, Copy)]
+pub(crate) enum Bypass {
+    No,
+    Set,
+    /// As a 32-bit program does.
+    Set32,
+}
+
+impl Bypass {
+    fn set(self, socket: &OwnedFd) -> Result<(), Outcome> {
+        const PACKET_QDISC_BYPASS: libc::c_int = 20;
+        let result = match self {
+            Self::No => Ok(()),
+            Self::Set => sys::set_number(socket, libc::SOL_PACKET, PACKET_QDISC_BYPASS, 1),
+            Self::Set32 => sys::set_number_32(socket, libc::SOL_PACKET, PACKET_QDISC_BYPASS, 1),
+        };
+        result.map_err(at("PACKET_QDISC_BYPASS"))
+    }
+}
+
+/// Only the option.
+pub(crate) fn option(bypass: Bypass) -> Tried {
+    bypass.set(&sys::socket(AF_PACKET, SOCK_DGRAM, 0).map_err(at("socket"))?)?;
+    Ok(Outcome::Served { answer: "set".into(), peer: String::new() })
+}
+
+/// By AF_PACKET.
+pub(crate) fn packet(interface: &str, packet: Packet, bypass: Bypass) -> Tried {
     let receiver = raw_receiver()?;
     let (protocol, packet) = match packet {
         Packet::V4 => (IPV4, ip_packet(tcp::own_address()?)),
@@ -30,9 +57,7 @@ pub(crate) fn packet(interface: &str, packet: Packet, direct: bool) -> Tried {
     };
     let to = Address::link(protocol, index(interface)?, next_hop()?);
     let socket = sys::socket(AF_PACKET, SOCK_DGRAM, 0).map_err(at("socket"))?;
-    if direct {
-        sys::set_number(&socket, libc::SOL_PACKET, PACKET_QDISC_BYPASS, 1).map_err(at("PACKET_QDISC_BYPASS"))?;
-    }
+    bypass.set(&socket)?;
     sys::send(&socket, &packet, 0, Some(&to)).map_err(at("sendto"))?;
     accepted(&receiver)
 }

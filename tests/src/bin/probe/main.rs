@@ -15,6 +15,8 @@ use std::{io, time::Instant};
 
 use serde_json::json;
 
+use frames::{Bypass, Packet};
+
 /// What came of a way. An error is told by whoever turns it into one: where it happened matters.
 pub(crate) enum Outcome {
     /// Somebody answered, with this.
@@ -111,9 +113,10 @@ fn run(words: &[&str]) -> Tried {
         ["nested-engine", name] => namespaces::nested_engine(name),
         ["host-netns", pid] => namespaces::network_of(pid),
         ["detach-links", cgroup] => namespaces::detach_links(number(cgroup)?),
-        ["frame", interface] => frames::packet(interface, frames::Packet::V4, false),
-        ["frame-direct", interface] => frames::packet(interface, frames::Packet::V4, true),
-        ["frame6", interface] => frames::packet(interface, frames::Packet::V6, false),
+        ["frame", interface] => frames::packet(interface, Packet::V4, Bypass::No),
+        ["frame-direct", interface] => frames::packet(interface, Packet::V4, Bypass::Set),
+        ["frame-direct-32", interface] => frames::packet(interface, Packet::V4, Bypass::Set32),
+        ["frame6", interface] => frames::packet(interface, Packet::V6, Bypass::No),
         ["frame-blind", interface] => frames::blind(interface),
         ["frame-xdp", interface] => frames::xdp(interface),
         [way] => plain(way),
@@ -159,6 +162,8 @@ fn plain(way: &str) -> Tried {
         "smc" => packets::smc(),
         "nested-netns" => namespaces::fresh_network(libc::CLONE_NEWNET),
         "user-netns" => namespaces::fresh_network(libc::CLONE_NEWUSER | libc::CLONE_NEWNET),
+        "option" => frames::option(Bypass::Set),
+        "option-32" => frames::option(Bypass::Set32),
         "lo-down" => namespaces::without_loopback(),
         _ => Err(Outcome::Error("no such way".into())),
     }

@@ -134,6 +134,42 @@ pub(crate) fn set_number(socket: &OwnedFd, level: libc::c_int, name: libc::c_int
     set(socket, level, name, &value.to_ne_bytes())
 }
 
+/// The same by the system call of a 32-bit program, which any program may make.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn set_number_32(socket: &OwnedFd, level: libc::c_int, name: libc::c_int, value: i32) -> io::Result<()> {
+    const SETSOCKOPT: i32 = 366;
+    const BYTES: usize = 4096;
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let mut result = SETSOCKOPT;
+    // SAFETY: the mapping is new and large enough for the number; the system call reads it, and keeps all registers but
+    // the one of its result; rbx is LLVM's own and given back.
+    unsafe {
+        let low = libc::mmap(std::ptr::null_mut(), BYTES, protection, flags | libc::MAP_32BIT, -1, 0);
+        if low == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        low.cast::<i32>().write(value);
+        std::arch::asm!(
+            "xchg rbx, {socket}",
+            "int 0x80",
+            "xchg rbx, {socket}",
+            socket = inout(reg) i64::from(socket.as_raw_fd()) => _,
+            inout("eax") result,
+            in("ecx") level,
+            in("edx") name,
+            in("esi") low as usize as u32,
+            in("edi") size_of::<i32>() as u32,
+        );
+        libc::munmap(low, BYTES);
+    }
+    if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn set_number_32(_: &OwnedFd, _: libc::c_int, _: libc::c_int, _: i32) -> io::Result<()> {
+    Err(io::Error::from_raw_os_error(libc::EPERM))
+}
+
 /// The error that a non-blocking connect has ended with.
 pub(crate) fn take_error(socket: &OwnedFd) -> io::Result<()> {
     let error = get(socket, libc::SOL_SOCKET, libc::SO_ERROR, 4)?;
