@@ -156,7 +156,7 @@ pub enum Counter {
     /// host's network namespace, not intercepted until the daemon knows them.
     CgroupsLost,
     /// Socket options refused to containers, because what the socket sends would pass the guard.
-    Options,
+    OptionsRefused,
 }
 
 impl Counter {
@@ -170,7 +170,7 @@ impl Counter {
         Self::Unknown,
         Self::WantedLost,
         Self::CgroupsLost,
-        Self::Options,
+        Self::OptionsRefused,
     ];
 }
 

@@ -56,7 +56,7 @@ fn is_refused() -> bool {
         None => sandbox::is_current(&settings.task),
     });
     if container {
-        count(Counter::Options);
+        count(Counter::OptionsRefused);
     }
     container
 }
