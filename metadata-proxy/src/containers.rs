@@ -40,9 +40,16 @@ pub(crate) struct Container {
     /// `bridge`, `host`, `none`, `container:ID` or the name of a network.
     pub(crate) network: String,
     pub(crate) user_namespace: UserNamespace,
-    /// What the image has brought, as `label NAME` or `environment variable NAME`; it is not among the
-    /// labels and variables below. None: nobody can tell whose they are.
-    pub(crate) from_image: Option<Vec<String>>,
+    /// What the image has in the same words, so that nobody can tell whether its starter has said it, too; it is not among
+    /// the labels and variables below. None: nobody can tell whose any of them are.
+    pub(crate) from_image: Option<Given>,
+    pub(crate) labels: HashMap<String, String>,
+    pub(crate) env: HashMap<String, String>,
+}
+
+/// What containers and images are given by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Given {
     pub(crate) labels: HashMap<String, String>,
     pub(crate) env: HashMap<String, String>,
 }
