@@ -85,3 +85,36 @@ async fn a_rule_that_denies_holds_where_the_image_repeats_the_label() -> Result<
     }
     stage.assert_no_leak()
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_compose_has_built_is_of_its_project_when_compose_starts_it() -> Result<()> {
+    const RULES: &str = "[session-tags]\nproject = '{compose.project}'\n\n\
+        [[rule]]\ncompose-project = 'untrusted'\ndeny = true\n\n\
+        [[rule]]\ncompose-project = 'shop'\nallow = ['shop']\n\n[[rule]]\nname = '*'\nallow = ['other']\n";
+    let stage = ruled(RULES).await?;
+    for (project, asked, composed, by_hand) in
+        [("shop", "shop", "shop", "404"), ("shop", "other", "404", "other"), ("untrusted", "other", "404", "404")]
+    {
+        // The labels that `docker compose build` gives, and those of `docker compose up` beside them.
+        let built = [
+            ("com.docker.compose.project", project),
+            ("com.docker.compose.service", "web"),
+            ("com.docker.compose.version", "2.40.0"),
+        ];
+        let changes: Vec<_> = built.iter().map(|(label, value)| format!("LABEL {label}={value}")).collect();
+        let name = format!("{project}-{asked}");
+        let image = image_with(&stage, &format!("mp/{name}"), &changes.join("\n")).await?;
+        let spec = labelled(of_image(&image, &name), &built).label(ROLE, asked);
+        let container = stage.run(spec.label("com.docker.compose.config-hash", "0123abcd")).await?;
+        assert_role(&stage, &container, composed).await?;
+        let by = stage.run(of_image(&image, &format!("{name}-by-hand")).label(ROLE, asked)).await?;
+        assert_role(&stage, &by, by_hand).await?;
+    }
+    let calls = stage.sts.calls();
+    let tag = |role: &str| {
+        let call = calls.iter().find(|call| call.parameters.get("RoleArn") == Some(&role_arn(role)))?;
+        call.parameters.get("Tags.member.1.Value").map(String::as_str)
+    };
+    ensure!((tag("shop"), tag("other")) == (Some("shop"), Some("")), "{calls:#?}");
+    stage.assert_no_leak()
+}

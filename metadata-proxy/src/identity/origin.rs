@@ -5,14 +5,52 @@
 
 use crate::containers::Container;
 
+/// Labels that one program gives to all containers that it starts, by a mark that is another for each of them. An image has
+/// them from a build or a commit, and the same values do not tell against that program.
+struct Starter {
+    mark: &'static str,
+    labels: &'static [&'static str],
+    /// No image has the mark unless by `docker commit`.
+    builds: bool,
+}
+
+const STARTERS: [Starter; 2] = [
+    // Compose labels images that it builds with the first three, and containers with the hash as well
+    // (docker/compose, pkg/compose/build.go and create.go).
+    Starter {
+        mark: "com.docker.compose.config-hash",
+        labels: &["com.docker.compose.project", "com.docker.compose.service", "com.docker.compose.version"],
+        builds: true,
+    },
+    // The ECS agent gives each task an ARN of its own.
+    Starter {
+        mark: "com.amazonaws.ecs.task-arn",
+        labels: &[
+            "com.amazonaws.ecs.cluster",
+            "com.amazonaws.ecs.container-name",
+            "com.amazonaws.ecs.task-definition-family",
+            "com.amazonaws.ecs.task-definition-version",
+        ],
+        builds: false,
+    },
+];
+
+fn starter(label: &str) -> Option<&'static Starter> {
+    STARTERS.iter().find(|starter| starter.labels.contains(&label))
+}
+
 /// What the container's starter has surely said.
 pub(super) fn label<'a>(container: &'a Container, name: &str) -> Option<&'a str> {
-    container.labels.get(name).map(String::as_str)
+    let own = container.labels.get(name).map(String::as_str);
+    let started = || starter(name).is_some_and(|starter| container.labels.contains_key(starter.mark));
+    own.or_else(|| image_label(container, name).filter(|_| started()))
 }
 
 /// What the image says, and the starter may have said in the same words.
 pub(super) fn unclear_label<'a>(container: &'a Container, name: &str) -> Option<&'a str> {
-    image_label(container, name).filter(|_| label(container, name).is_none())
+    let built = |starter: &Starter| starter.builds && image_label(container, starter.mark).is_none();
+    let clear = label(container, name).is_some() || starter(name).is_some_and(built);
+    image_label(container, name).filter(|_| !clear)
 }
 
 pub(super) fn image_label<'a>(container: &'a Container, name: &str) -> Option<&'a str> {
@@ -181,5 +219,61 @@ mod tests {
             refused(&judged(&of_image(&[], labels, env), &tagged), "session tag \"team\": ");
             assert_eq!(session(judged(&of_image(&[], &[], &[]), &tagged)).tags[0].1, "");
         }
+    }
+
+    const COMPOSE: [(&str, &str); 2] = [("com.docker.compose.project", "x"), ("com.docker.compose.service", "web")];
+    const HASH: (&str, &str) = ("com.docker.compose.config-hash", "0123abcd");
+    const ECS: [(&str, &str); 2] =
+        [("com.amazonaws.ecs.cluster", "x"), ("com.amazonaws.ecs.task-definition-family", "web")];
+    const TASK: (&str, &str) = ("com.amazonaws.ecs.task-arn", "arn:aws:ecs:eu-west-1:123456789012:task/x/0123abcd");
+
+    #[test]
+    fn labels_that_an_image_has_of_compose_or_ecs_are_the_containers_when_these_start_it() {
+        for (labels, mark) in [(COMPOSE, HASH), (ECS, TASK)] {
+            let [(first, _), (second, _)] = labels;
+            let started = of_image(&[mark], &labels, &[]);
+            assert_eq!((label(&started, first), label(&started, second)), (Some("x"), Some("web")));
+            assert_eq!(unclear_label(&started, first), None);
+            // Committed with its mark, and started by something else; nobody can tell by what.
+            let committed = of_image(&[], &[labels[0], labels[1], mark], &[]);
+            assert_eq!((label(&committed, first), unclear_label(&committed, first)), (None, Some("x")));
+            // The mark of one tells nothing of the other's.
+            let other = if mark == HASH { TASK } else { HASH };
+            assert_eq!(label(&of_image(&[other], &labels, &[]), first), None);
+        }
+        // Compose labels what it builds, so without its mark they are the image's alone.
+        let built = of_image(&[], &COMPOSE, &[]);
+        assert_eq!((label(&built, COMPOSE[0].0), unclear_label(&built, COMPOSE[0].0)), (None, None));
+        // An image cannot have Compose vouch for what that does not always say.
+        let greedy =
+            of_image(&[HASH], &[("com.docker.compose.x", "y"), ("metadata-proxy.allow-user-data", "true")], &[]);
+        assert_eq!(label(&greedy, "com.docker.compose.x"), None);
+        assert_eq!(label(&greedy, "metadata-proxy.allow-user-data"), None);
+    }
+
+    #[test]
+    fn a_project_of_compose_is_denied_and_allowed_as_its_containers_are_started() {
+        let of = |project: &str| Matching {
+            compose_project: Some(serde_json::from_value::<Glob>(project.into()).unwrap()),
+            ..Matching::default()
+        };
+        let ruled = |effect| {
+            let first = Rule { place: "1".into(), matching: of("x"), effect };
+            let all = Rule {
+                place: "2".into(),
+                matching: Matching::default(),
+                effect: allow(&["web"], Allowance::default()),
+            };
+            Settings { rules: Rules { rules: vec![first, all], unmatched_allowed: false }, ..settings(None) }
+        };
+        let basic = || allow(&["basic"], Allowance::default());
+        refused(&judged(&of_image(&[HASH], &COMPOSE, &[]), &ruled(Effect::Deny)), "denies it any role");
+        refused(&judged(&of_image(&[], &COMPOSE, &[]), &ruled(Effect::Deny)), "denies it any role");
+        refused(&judged(&of_image(&[HASH], &COMPOSE, &[]), &ruled(basic())), "does not allow role");
+        refused(&judged(&of_image(&[], &[COMPOSE[0], HASH], &[]), &ruled(basic())), "nobody can tell");
+        session(judged(&of_image(&[], &COMPOSE, &[]), &ruled(basic())));
+        let tagged = Settings { session_tags: vec![session_tag("a", "{compose.project}").unwrap()], ..settings(None) };
+        assert_eq!(session(judged(&of_image(&[HASH], &COMPOSE, &[]), &tagged)).tags[0].1, "x");
+        assert_eq!(session(judged(&of_image(&[], &COMPOSE, &[]), &tagged)).tags[0].1, "");
     }
 }
