@@ -45,6 +45,14 @@ pub(crate) struct Container {
     pub(crate) from_image: Option<Given>,
     pub(crate) labels: HashMap<String, String>,
     pub(crate) env: HashMap<String, String>,
+    /// Variables that are there more than once, and so not among these.
+    pub(crate) repeated: Vec<String>,
+}
+
+impl Container {
+    pub(crate) fn repeats(&self, variable: &str) -> bool {
+        self.repeated.iter().any(|repeated| repeated == variable)
+    }
 }
 
 /// What containers and images are given by name.
@@ -52,6 +60,8 @@ pub(crate) struct Container {
 pub(crate) struct Given {
     pub(crate) labels: HashMap<String, String>,
     pub(crate) env: HashMap<String, String>,
+    /// Of these variables programs take the first or the last, as they please.
+    pub(crate) repeated: Vec<String>,
 }
 
 /// Of a container. What its process is in does not tell alone, for the process may have made itself another.

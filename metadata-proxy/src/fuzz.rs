@@ -225,6 +225,7 @@ fn decision(labels: &str, settings: &identity::Settings) -> identity::Decision {
         from_image: Some(Given::default()),
         labels: [("metadata-proxy.role".to_owned(), ROLE.to_owned())].into(),
         env: [].into(),
+        repeated: Vec::new(),
     };
     for (name, value) in labels.lines().filter_map(|line| line.split_once('=')) {
         match name.strip_prefix('$') {

@@ -211,6 +211,11 @@ impl Case<'_> {
             ));
         }
         for names in options::ALL.iter().chain([&ROLE]) {
+            if let Some(variable) = names.variables.iter().find(|name| container.repeats(name)) {
+                return Err(format!(
+                    "environment variable {variable} is there more than once, and programs take the first or the last: give it once"
+                ));
+            }
             for source in names.found(container).filter(|found| found.from_image).map(|found| found.source) {
                 reasons.push(match names.of_image {
                     OfImage::Counts => format!("{source} is the image's, too, and counts as far as it takes away"),
@@ -262,8 +267,8 @@ impl Case<'_> {
         add_tags(&mut tags, options.session_tags)?;
         // In a session's name they only say who it is; policies grant and deny by tags.
         for (key, value) in &tags {
-            if let Some(source) = value.unclear(container) {
-                return Err(format!("session tag {key:?}: {source} is the image's, too: {}", options::UNCLEAR));
+            if let Some(why) = value.unclear(container) {
+                return Err(format!("session tag {key:?}: {why}"));
             }
         }
         let render = |(key, value): (String, Template)| (key, value.render(container, &settings.host));

@@ -63,14 +63,24 @@ pub(crate) struct Description {
 
 impl Given {
     fn new(labels: Option<HashMap<String, String>>, env: Option<Vec<String>>) -> Self {
-        let env = env.unwrap_or_default().iter().filter_map(|variable| pair(variable)).collect();
-        Self { labels: labels.unwrap_or_default(), env }
+        let (mut all, mut repeated) = (HashMap::new(), Vec::new());
+        for variable in env.unwrap_or_default() {
+            // One without a value is to unset it.
+            let (name, value) = pair(&variable).map_or((variable, None), |(name, value)| (name, Some(value)));
+            if all.insert(name.clone(), value).is_some() {
+                repeated.push(name);
+            }
+        }
+        all.retain(|name, _| !repeated.contains(name));
+        let env = all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
+        Self { labels: labels.unwrap_or_default(), env, repeated }
     }
 
     /// Takes out what the image has brought, which the engine shows among the container's own. What the starter has
     /// repeated word for word looks the same.
     fn take_out(&mut self, image: &Self) -> Self {
-        Self { labels: take_out(&mut self.labels, &image.labels), env: take_out(&mut self.env, &image.env) }
+        let (labels, env) = (take_out(&mut self.labels, &image.labels), take_out(&mut self.env, &image.env));
+        Self { labels, env, repeated: Vec::new() }
     }
 }
 
@@ -81,8 +91,8 @@ fn take_out(own: &mut HashMap<String, String>, image: &HashMap<String, String>) 
 impl Description {
     pub(super) fn at(self, cgroup: u64, user_namespace: UserNamespace) -> Container {
         let Self { id, name, pid, image, network, from_image, given, .. } = self;
-        let Given { labels, env } = given;
-        Container { id, name, pid, cgroup, image, network, user_namespace, from_image, labels, env }
+        let Given { labels, env, repeated } = given;
+        Container { id, name, pid, cgroup, image, network, user_namespace, from_image, labels, env, repeated }
     }
 }
 
@@ -290,6 +300,16 @@ mod tests {
         assert_eq!(pair("IAM_ROLE=a=b"), Some(("IAM_ROLE".into(), "a=b".into())));
         assert_eq!(pair("EMPTY="), Some(("EMPTY".into(), String::new())));
         assert_eq!(pair("NOTHING"), None);
+    }
+
+    #[test]
+    fn a_variable_that_is_there_twice_is_none() {
+        let given = |env: &[&str]| Given::new(None, Some(env.iter().map(|&variable| variable.to_owned()).collect()));
+        let twice = given(&["IAM_ROLE=a", "PATH=/bin", "IAM_ROLE=b", "IAM_POLICY", "IAM_ROLE=a"]);
+        assert_eq!(twice.env.keys().collect::<Vec<_>>(), ["PATH"]);
+        assert_eq!(twice.repeated[0], "IAM_ROLE");
+        assert!(!twice.repeated.contains(&"IAM_POLICY".to_owned()));
+        assert_eq!(given(&["IAM_ROLE", "IAM_ROLE=a"]).repeated, ["IAM_ROLE"]);
     }
 
     #[test]

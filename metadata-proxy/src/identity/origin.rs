@@ -82,7 +82,7 @@ mod tests {
     /// A container that asks for a role, of an image with these labels and variables in the same words as its own.
     fn of_image(own: &[(&str, &str)], labels: &[(&str, &str)], env: &[(&str, &str)]) -> Container {
         let own: Vec<_> = own.iter().copied().chain([ROLE]).collect();
-        let from_image = Some(Given { labels: map(labels), env: map(env) });
+        let from_image = Some(Given { labels: map(labels), env: map(env), repeated: Vec::new() });
         Container { from_image, ..container("web", &own, &[]) }
     }
 

@@ -1,6 +1,6 @@
 //! Session names and tags by template: `{container.name}-{container.id:12}`.
 
-use super::origin;
+use super::{options::UNCLEAR, origin};
 use crate::containers::Container;
 
 /// What a template becomes: which characters STS takes in it, and how many.
@@ -95,14 +95,17 @@ impl Field {
         }
     }
 
-    /// The label or variable that the image has, and the starter may have said in the same words.
+    /// Why nobody can tell what it stands for.
     fn unclear(&self, container: &Container) -> Option<String> {
         let label = self.label().filter(|name| origin::unclear_label(container, name).is_some());
         match self {
-            Self::Variable(name) if origin::image_variable(container, name).is_some() => {
-                Some(format!("environment variable {name}"))
+            Self::Variable(name) if container.repeats(name) => {
+                Some(format!("environment variable {name} is there more than once"))
             }
-            _ => label.map(|name| format!("label {name}")),
+            Self::Variable(name) if origin::image_variable(container, name).is_some() => {
+                Some(format!("environment variable {name} is the image's, too: {UNCLEAR}"))
+            }
+            _ => label.map(|name| format!("label {name} is the image's, too: {UNCLEAR}")),
         }
     }
 }
@@ -128,7 +131,7 @@ impl Template {
         Ok(Self { kind, parts })
     }
 
-    /// What of it nobody can tell the origin of.
+    /// Why nobody can tell what it becomes, if so.
     pub(super) fn unclear(&self, container: &Container) -> Option<String> {
         self.parts.iter().find_map(|part| match part {
             Part::Literal(_) => None,

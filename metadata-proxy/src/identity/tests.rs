@@ -26,6 +26,7 @@ pub(crate) fn container(name: &str, labels: &[(&str, &str)], env: &[(&str, &str)
         from_image: Some(Given::default()),
         labels: map(labels),
         env: map(env),
+        repeated: Vec::new(),
     }
 }
 
@@ -86,8 +87,11 @@ fn a_malformed_role_does_not_fall_back_to_the_default() {
 #[test]
 fn what_the_image_has_brought_is_told() {
     let mut container = container("web", &[], &[]);
-    container.from_image =
-        Some(Given { labels: map(&[("metadata-proxy.role", "web")]), env: map(&[("PATH", "/usr/bin")]) });
+    container.from_image = Some(Given {
+        labels: map(&[("metadata-proxy.role", "web")]),
+        env: map(&[("PATH", "/usr/bin")]),
+        ..Given::default()
+    });
     let decision = judged(&container, &settings(None));
     assert_eq!(decision.verdict, Verdict::NoRole);
     assert!(decision.reasons[0].starts_with("label metadata-proxy.role comes from the image"), "{decision:?}");
@@ -99,6 +103,24 @@ fn without_its_image_a_container_gets_nothing_not_even_the_default() {
     let mut container = container("web", &[("metadata-proxy.role", "web")], &[]);
     container.from_image = None;
     assert_eq!(judged(&container, &settings(Some("default"))).verdict, Verdict::Refused);
+}
+
+#[test]
+fn a_variable_that_is_there_twice_refuses_the_role() {
+    let twice = |variable: &str, template: &str| {
+        let repeated = vec![variable.to_owned()];
+        let container = Container { repeated, ..container("web", &[("metadata-proxy.role", "web")], &[]) };
+        let session_tags = vec![session_tag("team", template).unwrap()];
+        judged(&container, &Settings { session_tags, ..settings(Some("default")) })
+    };
+    for variable in ["IAM_ROLE", "IAM_PROFILE", "IAM_POLICY", "IAM_EXTERNAL_ID", "IAM_ROLE_EXTERNALID"] {
+        let decision = twice(variable, "a");
+        assert_eq!(decision.verdict, Verdict::Refused, "{variable}");
+        let expected = format!("environment variable {variable} is there more than once");
+        assert!(decision.reasons.concat().contains(&expected), "{decision:?}");
+    }
+    assert_eq!(twice("TEAM", "{env.TEAM}").verdict, Verdict::Refused);
+    assert!(matches!(twice("TEAM", "a").verdict, Verdict::Role { .. }));
 }
 
 #[test]
