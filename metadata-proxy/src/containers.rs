@@ -40,11 +40,28 @@ pub(crate) struct Container {
     /// `bridge`, `host`, `none`, `container:ID` or the name of a network.
     pub(crate) network: String,
     pub(crate) user_namespace: UserNamespace,
-    /// What the image has brought, as `label NAME` or `environment variable NAME`; it is not among the
-    /// labels and variables below. None: nobody can tell whose they are.
-    pub(crate) from_image: Option<Vec<String>>,
+    /// What the image has in the same words, so that nobody can tell whether its starter has said it, too; it is not among
+    /// the labels and variables below. None: nobody can tell whose any of them are.
+    pub(crate) from_image: Option<Given>,
     pub(crate) labels: HashMap<String, String>,
     pub(crate) env: HashMap<String, String>,
+    /// Variables that are there more than once, and so not among these.
+    pub(crate) repeated: Vec<String>,
+}
+
+impl Container {
+    pub(crate) fn repeats(&self, variable: &str) -> bool {
+        self.repeated.iter().any(|repeated| repeated == variable)
+    }
+}
+
+/// What containers and images are given by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Given {
+    pub(crate) labels: HashMap<String, String>,
+    pub(crate) env: HashMap<String, String>,
+    /// Of these variables programs take the first or the last, as they please.
+    pub(crate) repeated: Vec<String>,
 }
 
 /// Of a container. What its process is in does not tell alone, for the process may have made itself another.

@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use crate::{
     cli::{Cli, Command, Run},
     config::Config,
-    containers::{Container, UserNamespace},
+    containers::{Container, Given, UserNamespace},
     credentials::RoleSession,
     identity::{self, Home, RoleArn, RoleSpec, Verdict},
     imds::{
@@ -222,9 +222,10 @@ fn decision(labels: &str, settings: &identity::Settings) -> identity::Decision {
         image: "registry/app:1.2".to_owned(),
         network: "bridge".to_owned(),
         user_namespace: UserNamespace::Host,
-        from_image: Some(Vec::new()),
+        from_image: Some(Given::default()),
         labels: [("metadata-proxy.role".to_owned(), ROLE.to_owned())].into(),
         env: [].into(),
+        repeated: Vec::new(),
     };
     for (name, value) in labels.lines().filter_map(|line| line.split_once('=')) {
         match name.strip_prefix('$') {

@@ -2,6 +2,7 @@
 
 mod glob;
 mod options;
+mod origin;
 mod role;
 pub(crate) mod rules;
 mod source;
@@ -16,7 +17,7 @@ use crate::{
 };
 use options::Options;
 use rules::{Allowance, Effect, Rules};
-use source::Names;
+use source::{Found, Names, OfImage};
 
 pub(crate) use glob::Glob;
 pub(crate) use options::{check_policy_arns, check_tags, duration, policy, seconds, session_tag};
@@ -90,6 +91,7 @@ pub(crate) enum Verdict {
 const ROLE: Names = Names {
     labels: &["metadata-proxy.role", "com.swipely.iam-docker.iam-profile"],
     variables: &["IAM_ROLE", "IAM_PROFILE"],
+    of_image: OfImage::Ignored,
 };
 
 /// As the source of the host's own role.
@@ -159,6 +161,7 @@ impl Case<'_> {
             reasons.push("neither a label nor the environment nor the daemon names a role".to_owned());
             return Ok(Verdict::NoRole);
         };
+        options::check_origin(container)?;
         if spec == RoleSpec::Instance {
             return match rule {
                 Some(rule) if rule.allows_instance() && options == Options::default() => Ok(Verdict::Instance),
@@ -208,8 +211,16 @@ impl Case<'_> {
             ));
         }
         for names in options::ALL.iter().chain([&ROLE]) {
-            for source in names.brought(container) {
-                reasons.push(format!("{source} comes from the image and does not count (--trust-image-metadata)"));
+            if let Some(variable) = names.variables.iter().find(|name| container.repeats(name)) {
+                return Err(format!(
+                    "environment variable {variable} is there more than once, and programs take the first or the last: give it once"
+                ));
+            }
+            for source in names.found(container).filter(|found| found.from_image).map(|found| found.source) {
+                reasons.push(match names.of_image {
+                    OfImage::Counts => format!("{source} is the image's, too, and counts as far as it takes away"),
+                    _ => format!("{source} comes from the image and does not count (--trust-image-metadata)"),
+                });
             }
         }
         Ok(())
@@ -221,7 +232,7 @@ impl Case<'_> {
         named_by: &mut Option<String>,
         reasons: &mut Vec<String>,
     ) -> Result<Option<RoleSpec>, String> {
-        if let Some((source, value)) = ROLE.find(self.container) {
+        if let Some(Found { source, value, .. }) = ROLE.find(self.container) {
             *named_by = Some(source.to_string());
             let spec = value.parse().map_err(|error| format!("{source}: {error}"))?;
             reasons.push(format!("role {value} from {source}"));
@@ -254,6 +265,12 @@ impl Case<'_> {
         let of_rule = rule.map(|rule| rule.tags.as_slice()).unwrap_or_default();
         let mut tags = operators_tags(of_rule, &settings.session_tags);
         add_tags(&mut tags, options.session_tags)?;
+        // In a session's name they only say who it is; policies grant and deny by tags.
+        for (key, value) in &tags {
+            if let Some(why) = value.unclear(container) {
+                return Err(format!("session tag {key:?}: {why}"));
+            }
+        }
         let render = |(key, value): (String, Template)| (key, value.render(container, &settings.host));
         Ok(RoleSession {
             role_arn: arn.as_str().to_owned(),

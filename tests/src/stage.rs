@@ -122,12 +122,21 @@ pub fn daemon_options() -> DaemonOptions {
 
 /// An image that names a role for whoever starts it.
 pub async fn image_with_a_role(host: &TestHost, name: &str, role: &str) -> Result<String> {
+    image_with(host, name, &format!("LABEL metadata-proxy.role={0}\nENV IAM_ROLE={0}", role_arn(role))).await
+}
+
+/// An image with these lines of a Dockerfile.
+pub async fn image_with(host: &TestHost, name: &str, changes: &str) -> Result<String> {
     let base = host.run(ContainerSpec::resident("base")).await?;
-    let changes = format!("LABEL metadata-proxy.role={0}\nENV IAM_ROLE={0}", role_arn(role));
-    let options = CommitContainerOptionsBuilder::new().container(base.id()).repo(name).changes(&changes).build();
-    let image = host.docker().commit_container(options, ContainerConfig::default()).await.context("commit")?;
+    let image = commit(host, &base, name, changes).await?;
     base.remove().await?;
-    Ok(image.id)
+    Ok(image)
+}
+
+/// An image of what a container has become, as `docker commit` makes it: with the container's labels and variables.
+pub async fn commit(host: &TestHost, container: &Container, name: &str, changes: &str) -> Result<String> {
+    let options = CommitContainerOptionsBuilder::new().container(container.id()).repo(name).changes(changes).build();
+    Ok(host.docker().commit_container(options, ContainerConfig::default()).await.context("commit")?.id)
 }
 
 /// A container of it that does nothing by itself.

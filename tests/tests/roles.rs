@@ -109,6 +109,18 @@ async fn an_image_does_not_give_itself_a_role_unless_it_is_trusted() -> Result<(
     stage.assert_no_leak()
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_variable_given_twice_names_no_role() -> Result<()> {
+    let stage = Stage::start_with(daemon_options().arg("--default-role").arg(role_arn("default"))).await?;
+    let twice = stage.run(idle("twice").env("IAM_ROLE", &role_arn("one")).env("IAM_ROLE", &role_arn("two"))).await?;
+    let (status, body) = role_list(&twice).await?;
+    ensure!(status == 404, "{status} {body}");
+    ensure!(stage.sts.calls().iter().all(|call| call.action != "AssumeRole"), "STS was asked");
+    let explained = explain(&stage, "twice")?;
+    ensure!(explained.contains("environment variable IAM_ROLE is there more than once"), "{explained}");
+    stage.assert_no_leak()
+}
+
 /// What STS was asked for in the one AssumeRole of a role.
 async fn asked(stage: &Stage, arn: &str) -> Result<BTreeMap<String, String>> {
     let deadline = Instant::now() + Duration::from_secs(10);

@@ -107,10 +107,11 @@ fn lines(status: &Status, now: Timestamp) -> Vec<(&'static str, String)> {
     lines.push(("last client", client));
     for said in &status.sources {
         let value = match (&said.value, said.from_image) {
-            (_, true) => "from the image, does not count",
+            (None, true) => "from the image, does not count",
             (Some(value), _) if value.is_empty() => "empty",
-            (Some(value), _) => value,
-            (None, _) => "not there",
+            (Some(value), true) => &format!("{value} (from the image, counts as far as it takes away)"),
+            (Some(value), false) => value,
+            (None, false) => "not there",
         };
         lines.push(("looked at", format!("{}: {value}", said.source)));
     }

@@ -18,7 +18,7 @@ use jiff::Timestamp;
 use tokio::sync::OnceCell;
 use tracing::warn;
 
-use super::{Container, UserNamespace};
+use super::{Container, Given, UserNamespace};
 
 /// An engine that does not answer is as bad as none; SDKs wait a second.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -31,7 +31,7 @@ pub(crate) struct Engine {
     clients: OnceCell<Clients>,
     /// What an image brings counts as if the container's starter had given it.
     trust_images: bool,
-    images: Mutex<HashMap<ImageKey, Arc<Settings>>>,
+    images: Mutex<HashMap<ImageKey, Arc<Given>>>,
     /// Whether it gives containers a user namespace of their own unless told otherwise; None: not asked yet.
     remaps: Mutex<Option<bool>>,
 }
@@ -57,42 +57,42 @@ pub(crate) struct Description {
     network: String,
     /// Whether it is to have a user namespace of its own.
     pub(super) remapped: bool,
-    pub(super) from_image: Option<Vec<String>>,
-    settings: Settings,
+    pub(super) from_image: Option<Given>,
+    given: Given,
 }
 
-/// What containers and images are given by name.
-#[derive(Default)]
-struct Settings {
-    labels: HashMap<String, String>,
-    env: HashMap<String, String>,
-}
-
-impl Settings {
+impl Given {
     fn new(labels: Option<HashMap<String, String>>, env: Option<Vec<String>>) -> Self {
-        let env = env.unwrap_or_default().iter().filter_map(|variable| pair(variable)).collect();
-        Self { labels: labels.unwrap_or_default(), env }
+        let (mut all, mut repeated) = (HashMap::new(), Vec::new());
+        for variable in env.unwrap_or_default() {
+            // One without a value is to unset it.
+            let (name, value) = pair(&variable).map_or((variable, None), |(name, value)| (name, Some(value)));
+            if all.insert(name.clone(), value).is_some() {
+                repeated.push(name);
+            }
+        }
+        all.retain(|name, _| !repeated.contains(name));
+        let env = all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
+        Self { labels: labels.unwrap_or_default(), env, repeated }
     }
 
-    /// Takes out what the image has brought, which the engine shows among the container's own, and
-    /// returns its names. What the starter has repeated word for word looks the same.
-    fn take_out(&mut self, image: &Self) -> Vec<String> {
-        let mut taken = take_out("label", &mut self.labels, &image.labels);
-        taken.append(&mut take_out("environment variable", &mut self.env, &image.env));
-        taken
+    /// Takes out what the image has brought, which the engine shows among the container's own. What the starter has
+    /// repeated word for word looks the same.
+    fn take_out(&mut self, image: &Self) -> Self {
+        let (labels, env) = (take_out(&mut self.labels, &image.labels), take_out(&mut self.env, &image.env));
+        Self { labels, env, repeated: Vec::new() }
     }
 }
 
-fn take_out(kind: &str, own: &mut HashMap<String, String>, image: &HashMap<String, String>) -> Vec<String> {
-    let taken = own.extract_if(|name, value| image.get(name) == Some(value));
-    taken.map(|(name, _)| format!("{kind} {name}")).collect()
+fn take_out(own: &mut HashMap<String, String>, image: &HashMap<String, String>) -> HashMap<String, String> {
+    own.extract_if(|name, value| image.get(name) == Some(value)).collect()
 }
 
 impl Description {
     pub(super) fn at(self, cgroup: u64, user_namespace: UserNamespace) -> Container {
-        let Self { id, name, pid, image, network, from_image, settings, .. } = self;
-        let Settings { labels, env } = settings;
-        Container { id, name, pid, cgroup, image, network, user_namespace, from_image, labels, env }
+        let Self { id, name, pid, image, network, from_image, given, .. } = self;
+        let Given { labels, env, repeated } = given;
+        Container { id, name, pid, cgroup, image, network, user_namespace, from_image, labels, env, repeated }
     }
 }
 
@@ -169,16 +169,16 @@ impl Engine {
         let Lookup::Running(mut description) = found else { return Ok(found) };
         description.remapped &= self.remaps().await?;
         description.from_image = if self.trust_images {
-            Some(Vec::new())
+            Some(Given::default())
         } else {
             let image = self.image(&description.image_id, description.architecture.as_ref()).await?;
-            image.map(|image| description.settings.take_out(&image))
+            image.map(|image| description.given.take_out(&image))
         };
         Ok(Lookup::Running(description))
     }
 
     /// The settings in an image; None if the engine cannot tell.
-    async fn image(&self, id: &str, architecture: Option<&String>) -> anyhow::Result<Option<Arc<Settings>>> {
+    async fn image(&self, id: &str, architecture: Option<&String>) -> anyhow::Result<Option<Arc<Given>>> {
         let images = || self.images.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (id.to_owned(), architecture.cloned());
         let known = images().get(&key).cloned();
@@ -271,17 +271,17 @@ fn lookup(response: ContainerInspectResponse) -> Lookup {
         // Two names of the same, depending on the client that created the container.
         network: if network == "default" { "bridge".to_owned() } else { network },
         from_image: None,
-        settings: Settings::new(config.labels, config.env),
+        given: Given::new(config.labels, config.env),
     }))
 }
 
 /// What an image brings; None if that is not told, or of another part than the container's. With the containerd image
 /// store an engine answers without a configuration, or with an empty one, where it has nothing of an image for its own
 /// platform, and a container can be of another than it shows.
-fn settings_of(image: ImageInspect, architecture: Option<&String>) -> Option<Settings> {
+fn settings_of(image: ImageInspect, architecture: Option<&String>) -> Option<Given> {
     let shown = image.architecture.filter(|architecture| !architecture.is_empty())?;
     let config = image.config?;
-    architecture.is_none_or(|architecture| *architecture == shown).then(|| Settings::new(config.labels, config.env))
+    architecture.is_none_or(|architecture| *architecture == shown).then(|| Given::new(config.labels, config.env))
 }
 
 fn pair(variable: &str) -> Option<(String, String)> {
@@ -300,6 +300,16 @@ mod tests {
         assert_eq!(pair("IAM_ROLE=a=b"), Some(("IAM_ROLE".into(), "a=b".into())));
         assert_eq!(pair("EMPTY="), Some(("EMPTY".into(), String::new())));
         assert_eq!(pair("NOTHING"), None);
+    }
+
+    #[test]
+    fn a_variable_that_is_there_twice_is_none() {
+        let given = |env: &[&str]| Given::new(None, Some(env.iter().map(|&variable| variable.to_owned()).collect()));
+        let twice = given(&["IAM_ROLE=a", "PATH=/bin", "IAM_ROLE=b", "IAM_POLICY", "IAM_ROLE=a"]);
+        assert_eq!(twice.env.keys().collect::<Vec<_>>(), ["PATH"]);
+        assert_eq!(twice.repeated[0], "IAM_ROLE");
+        assert!(!twice.repeated.contains(&"IAM_POLICY".to_owned()));
+        assert_eq!(given(&["IAM_ROLE", "IAM_ROLE=a"]).repeated, ["IAM_ROLE"]);
     }
 
     #[test]
@@ -322,24 +332,24 @@ mod tests {
         };
         let Lookup::Running(description) = lookup(response) else { panic!("not running") };
         assert_eq!((description.name.as_str(), description.pid), ("web", 7));
-        assert_eq!(description.settings.env.get("IAM_ROLE").map(String::as_str), Some("r"));
+        assert_eq!(description.given.env.get("IAM_ROLE").map(String::as_str), Some("r"));
     }
 
     #[test]
     fn what_the_image_brings_is_taken_out_and_what_the_starter_changes_stays() {
         let settings = |role: &str, path: &str| {
             let labels = HashMap::from([("metadata-proxy.role".to_owned(), role.to_owned())]);
-            Settings::new(Some(labels), Some(vec![format!("IAM_ROLE={role}"), format!("PATH={path}")]))
+            Given::new(Some(labels), Some(vec![format!("IAM_ROLE={role}"), format!("PATH={path}")]))
         };
         let image = settings("admin", "/bin");
         let mut own = settings("admin", "/usr/bin");
-        let mut taken = own.take_out(&image);
-        taken.sort();
-        assert_eq!(taken, ["environment variable IAM_ROLE", "label metadata-proxy.role"]);
+        let taken = own.take_out(&image);
+        assert_eq!(taken.labels, image.labels);
+        assert_eq!(taken.env.into_iter().collect::<Vec<_>>(), [("IAM_ROLE".to_owned(), "admin".to_owned())]);
         assert!(own.labels.is_empty());
         assert_eq!(own.env.keys().collect::<Vec<_>>(), ["PATH"]);
         let mut own = settings("web", "/usr/bin");
-        assert_eq!(own.take_out(&image), [""; 0]);
+        assert_eq!(own.take_out(&image), Given::default());
         assert_eq!((own.labels.len(), own.env.len()), (1, 2));
     }
 

@@ -6,11 +6,12 @@
 use std::time::Duration;
 
 use super::{
-    source::Names,
+    source::{Found, Names, OfImage},
     template::{Kind, Template},
 };
 use crate::{
     containers::Container,
+    credentials::DEFAULT_DURATION,
     imds::{PolicyError, View},
 };
 
@@ -27,19 +28,29 @@ pub(super) struct Options {
     pub(super) view: View,
 }
 
-/// The variables are those of lyft's metadataproxy, of a fork of iam-docker and of ec2metaproxy.
-const EXTERNAL_ID: Names =
-    Names { labels: &["metadata-proxy.external-id"], variables: &["IAM_EXTERNAL_ID", "IAM_ROLE_EXTERNALID"] };
-const POLICY: Names = Names { labels: &["metadata-proxy.policy"], variables: &["IAM_POLICY"] };
-const POLICY_ARNS: Names = Names { labels: &["metadata-proxy.policy-arns"], variables: &[] };
-const DURATION: Names = Names { labels: &["metadata-proxy.duration"], variables: &[] };
-const SESSION_NAME: Names = Names { labels: &["metadata-proxy.session-name"], variables: &[] };
-const SESSION_TAGS: Names = Names { labels: &["metadata-proxy.session-tags"], variables: &[] };
-const SOURCE_IDENTITY: Names = Names { labels: &["metadata-proxy.source-identity"], variables: &[] };
-const REQUIRE_IMDSV2: Names = Names { labels: &["metadata-proxy.require-imdsv2"], variables: &[] };
-const ALLOW_USER_DATA: Names = Names { labels: &["metadata-proxy.allow-user-data"], variables: &[] };
-const UPSTREAM_ALLOW: Names = Names { labels: &["metadata-proxy.upstream-allow"], variables: &[] };
-const UPSTREAM_DENY: Names = Names { labels: &["metadata-proxy.upstream-deny"], variables: &[] };
+/// The variables are those of lyft's metadataproxy, of a fork of iam-docker and of ec2metaproxy. A trust policy may ask for an
+/// external id, a source identity, session tags or a session's name, and a policy may deny by them: they are neither grant
+/// nor restriction by themselves.
+const EXTERNAL_ID: Names = Names {
+    labels: &["metadata-proxy.external-id"],
+    variables: &["IAM_EXTERNAL_ID", "IAM_ROLE_EXTERNALID"],
+    of_image: OfImage::Refused,
+};
+const POLICY: Names =
+    Names { labels: &["metadata-proxy.policy"], variables: &["IAM_POLICY"], of_image: OfImage::Counts };
+const POLICY_ARNS: Names = by_label(&["metadata-proxy.policy-arns"], OfImage::Counts);
+const DURATION: Names = by_label(&["metadata-proxy.duration"], OfImage::Counts);
+const SESSION_NAME: Names = by_label(&["metadata-proxy.session-name"], OfImage::Refused);
+const SESSION_TAGS: Names = by_label(&["metadata-proxy.session-tags"], OfImage::Refused);
+const SOURCE_IDENTITY: Names = by_label(&["metadata-proxy.source-identity"], OfImage::Refused);
+const REQUIRE_IMDSV2: Names = by_label(&["metadata-proxy.require-imdsv2"], OfImage::Counts);
+const ALLOW_USER_DATA: Names = by_label(&["metadata-proxy.allow-user-data"], OfImage::Ignored);
+const UPSTREAM_ALLOW: Names = by_label(&["metadata-proxy.upstream-allow"], OfImage::Ignored);
+const UPSTREAM_DENY: Names = by_label(&["metadata-proxy.upstream-deny"], OfImage::Counts);
+
+const fn by_label(labels: &'static [&'static str], of_image: OfImage) -> Names {
+    Names { labels, variables: &[], of_image }
+}
 
 pub(super) const ALL: [Names; 11] = [
     EXTERNAL_ID,
@@ -61,6 +72,8 @@ const TAGS: usize = 50;
 const PREFIX: &str = "metadata-proxy.";
 /// What an error message repeats of somebody's input.
 const QUOTE_LIMIT: usize = 100;
+/// Of what an image has in the same words.
+pub(super) const UNCLEAR: &str = "nobody can tell whether its starter has said it; have one of them say something else, or use --trust-image-metadata";
 const EMPTY: &str = "expected a value; leave the whole label or variable out if none is meant";
 
 impl Options {
@@ -68,15 +81,18 @@ impl Options {
         let known =
             |label: &str| label == "metadata-proxy.role" || ALL.iter().any(|names| names.labels.contains(&label));
         // A misspelt restriction would be none.
-        if let Some(label) = container.labels.keys().find(|label| label.starts_with(PREFIX) && !known(label)) {
+        let of_image = container.from_image.iter().flat_map(|image| image.labels.keys());
+        let mut labels = container.labels.keys().chain(of_image);
+        if let Some(label) = labels.find(|label| label.starts_with(PREFIX) && !known(label)) {
             let known: Vec<_> = ALL.iter().flat_map(|names| names.labels.iter().copied()).collect();
             return Err(format!("label {label:?}: there is no such option, only {}", known.join(", ")));
         }
+        one_policy(container)?;
         Ok(Self {
             external_id: read(container, &EXTERNAL_ID, external_id)?,
             policy: read(container, &POLICY, policy)?,
             policy_arns: read(container, &POLICY_ARNS, policy_arns)?.unwrap_or_default(),
-            duration: read(container, &DURATION, duration)?,
+            duration: read_duration(container)?,
             session_name: read(container, &SESSION_NAME, |text| Template::parse(Kind::SessionName, text))?,
             session_tags: read(container, &SESSION_TAGS, session_tags)?.unwrap_or_default(),
             source_identity: read(container, &SOURCE_IDENTITY, source_identity)?,
@@ -103,7 +119,7 @@ fn read<T>(
     names: &Names,
     parse: impl Fn(&str) -> Result<T, String>,
 ) -> Result<Option<T>, String> {
-    let Some((source, value)) = names.given(container).next() else { return Ok(None) };
+    let Some(Found { source, value, .. }) = names.given(container).next() else { return Ok(None) };
     // As `${POLICY}` of a compose file arrives where nobody has set it: a restriction is not left out for that.
     let parsed = if value.is_empty() { Err(EMPTY.to_owned()) } else { parse(value) };
     let parsed = parsed.map_err(|rule| {
@@ -111,6 +127,36 @@ fn read<T>(
         format!("{source} {quoted:?}: {rule}")
     })?;
     Ok(Some(parsed))
+}
+
+/// A session may do what any of its policies allows: one of the image would widen what another restricts, and of two of
+/// the image one may be all that the starter has said.
+fn one_policy(container: &Container) -> Result<(), String> {
+    let given: Vec<Found> = [POLICY, POLICY_ARNS].iter().flat_map(|names| names.given(container)).collect();
+    match given.iter().find(|found| found.from_image) {
+        Some(Found { source, .. }) if given.len() > 1 => Err(format!(
+            "{source} is the image's, too, and a session may do what any of several policies allows: nobody can tell \
+             whether its starter has meant this one as well; name all policies under one label, in other words than the image"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// A session longer than it would be anyway is no restriction.
+fn read_duration(container: &Container) -> Result<Option<Duration>, String> {
+    let from_image = DURATION.given(container).any(|found| found.from_image);
+    let duration = read(container, &DURATION, duration)?;
+    Ok(duration.filter(|duration| !from_image || *duration <= DEFAULT_DURATION))
+}
+
+/// Whether a role can be had at all with what the image has brought.
+pub(super) fn check_origin(container: &Container) -> Result<(), String> {
+    for names in ALL.iter().filter(|names| names.of_image == OfImage::Refused) {
+        if let Some(Found { source, from_image: true, .. }) = names.found(container).next() {
+            return Err(format!("{source} is the image's, too: {UNCLEAR}"));
+        }
+    }
+    Ok(())
 }
 
 /// Each pattern is checked by itself, so that a mistake is told with its label.

@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
 
 use super::{
     glob::Glob,
-    options::Options,
+    options::{Options, UNCLEAR},
+    origin,
     role::{self, BadRole, Home, RoleArn, RoleBase, RoleSpec},
     template::Template,
 };
@@ -90,18 +91,34 @@ impl fmt::Display for Rule {
 
 impl Rules {
     /// The rule for a container: an error if it gets nothing, None if everything is allowed.
-    pub(super) fn find(&self, container: &Container) -> Result<Option<&Rule>, String> {
-        match self.rules.iter().find(|rule| rule.matching.covers(container)) {
-            Some(rule) => Ok(Some(rule)),
-            None if self.rules.is_empty() || self.unmatched_allowed => Ok(None),
-            None => Err("no rule matches it, and unmatched containers get no role (unmatched = \"allow\")".to_owned()),
+    pub(super) fn find<'a>(&self, container: &'a Container) -> Result<Option<&Rule>, String> {
+        for rule in &self.rules {
+            let with = |further: fn(&'a Container, &str) -> Option<&'a str>| {
+                rule.matching.covers(container, |container, name| {
+                    origin::label(container, name).or_else(|| further(container, name))
+                })
+            };
+            match rule.effect {
+                _ if with(|_, _| None) => return Ok(Some(rule)),
+                // Whoever has said it.
+                Effect::Deny if with(origin::image_label) => return Ok(Some(rule)),
+                // It may grant more than those behind it, or less.
+                Effect::Allow(_) if with(origin::unclear_label) => {
+                    return Err(format!("{rule} matches by a label that is the image's, too: {UNCLEAR}"));
+                }
+                _ => {}
+            }
         }
+        if self.rules.is_empty() || self.unmatched_allowed {
+            return Ok(None);
+        }
+        Err("no rule matches it, and unmatched containers get no role (unmatched = \"allow\")".to_owned())
     }
 }
 
 impl Matching {
-    fn covers(&self, container: &Container) -> bool {
-        let label = |name: &str| container.labels.get(name).map(String::as_str);
+    fn covers<'a>(&self, container: &'a Container, label: impl Fn(&'a Container, &str) -> Option<&'a str>) -> bool {
+        let label = |name: &str| label(container, name);
         let fits = |glob: &Option<Glob>, value: Option<&str>| {
             glob.as_ref().is_none_or(|glob| value.is_some_and(|value| glob.matches(value)))
         };
@@ -190,7 +207,7 @@ mod tests {
             network: glob("bridge"),
             user_namespace: Some(UserNamespace::Host),
         };
-        assert!(matching().covers(&container) && Matching::default().covers(&container));
+        assert!(matching().covers(&container, origin::label) && Matching::default().covers(&container, origin::label));
         for wrong in [
             Matching { label: BTreeMap::from([("other".to_owned(), Glob("*".into()))]), ..matching() },
             Matching { name: glob("job-*"), ..matching() },
@@ -201,7 +218,7 @@ mod tests {
             Matching { network: glob("host"), ..matching() },
             Matching { user_namespace: Some(UserNamespace::Own), ..matching() },
         ] {
-            assert!(!wrong.covers(&container), "{wrong:?}");
+            assert!(!wrong.covers(&container, origin::label), "{wrong:?}");
         }
     }
 

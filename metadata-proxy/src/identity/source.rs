@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::origin;
 use crate::containers::Container;
 
 /// Where a container's role or option was found.
@@ -13,13 +14,24 @@ pub(crate) enum Source {
     Environment(&'static str),
 }
 
+/// What is found under one name.
+pub(super) struct Found<'a> {
+    pub(super) source: Source,
+    pub(super) value: &'a str,
+    /// The image says it, and perhaps the starter as well.
+    pub(super) from_image: bool,
+}
+
 impl Source {
-    fn value(self, container: &Container) -> Option<&str> {
-        let value = match self {
-            Self::Label(name) => container.labels.get(name),
-            Self::Environment(name) => container.env.get(name),
+    fn find(self, container: &Container) -> Option<Found<'_>> {
+        let (own, image) = match self {
+            Self::Label(name) => (origin::label(container, name), origin::image_label(container, name)),
+            Self::Environment(name) => {
+                (container.env.get(name).map(String::as_str), origin::image_variable(container, name))
+            }
         };
-        value.map(String::as_str)
+        let value = own.or(image)?.trim();
+        Some(Found { source: self, value, from_image: own.is_none() })
     }
 }
 
@@ -27,8 +39,9 @@ impl Source {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Said {
     pub(crate) source: String,
+    /// As far as it counts.
     pub(crate) value: Option<String>,
-    /// The container's image has a value here, which does not count.
+    /// The container's image has a value here.
     pub(crate) from_image: bool,
 }
 
@@ -41,10 +54,22 @@ impl fmt::Display for Source {
     }
 }
 
+/// What becomes of a setting that an image has brought, and that its starter may have repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum OfImage {
+    /// It grants or selects something, so it does not count: without it the container has less.
+    Ignored,
+    /// It only takes away, so it counts whoever has said it.
+    Counts,
+    /// With it and without it the container might have more than it was meant to: it gets no role.
+    Refused,
+}
+
 /// The names of one setting, in the order in which they are asked.
 pub(crate) struct Names {
     pub(crate) labels: &'static [&'static str],
     pub(crate) variables: &'static [&'static str],
+    pub(super) of_image: OfImage,
 }
 
 impl Names {
@@ -53,30 +78,30 @@ impl Names {
         labels.chain(self.variables.iter().map(|name| Source::Environment(name)))
     }
 
-    /// Those that are there.
-    pub(super) fn given<'a>(&self, container: &'a Container) -> impl Iterator<Item = (Source, &'a str)> {
-        self.sources().filter_map(|source| Some((source, source.value(container)?.trim())))
+    /// Those that are there, whoever has said them.
+    pub(super) fn found<'a>(&self, container: &'a Container) -> impl Iterator<Item = Found<'a>> {
+        self.sources().filter_map(|source| source.find(container))
+    }
+
+    /// Those that count.
+    pub(super) fn given<'a>(&self, container: &'a Container) -> impl Iterator<Item = Found<'a>> {
+        self.found(container).filter(|found| !found.from_image || self.of_image == OfImage::Counts)
     }
 
     /// The first that is not empty: for a role, an empty value counts as absent, as an unset variable of a compose file
     /// arrives. Not for an option, which may have been meant as a restriction.
-    pub(super) fn find<'a>(&self, container: &'a Container) -> Option<(Source, &'a str)> {
-        self.given(container).find(|(_, value)| !value.is_empty())
+    pub(super) fn find<'a>(&self, container: &'a Container) -> Option<Found<'a>> {
+        self.given(container).find(|found| !found.value.is_empty())
     }
 
     /// What each of the names says, for those who ask.
     pub(super) fn said(&self, container: &Container) -> Vec<Said> {
-        let brought = self.brought(container);
         let said = |source: Source| {
-            let (value, from_image) = (source.value(container), brought.contains(&source.to_string()));
-            Said { source: source.to_string(), value: value.map(|value| value.trim().to_owned()), from_image }
+            let found = source.find(container);
+            let from_image = found.as_ref().is_some_and(|found| found.from_image);
+            let counts = found.filter(|_| !from_image || self.of_image == OfImage::Counts);
+            Said { source: source.to_string(), value: counts.map(|found| found.value.to_owned()), from_image }
         };
         self.sources().map(said).collect()
-    }
-
-    /// Those of the names that the container's image has given a value, which does not count.
-    pub(super) fn brought(&self, container: &Container) -> Vec<String> {
-        let brought = container.from_image.as_deref().unwrap_or_default();
-        self.sources().map(|source| source.to_string()).filter(|source| brought.contains(source)).collect()
     }
 }

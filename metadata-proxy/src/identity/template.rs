@@ -1,5 +1,6 @@
 //! Session names and tags by template: `{container.name}-{container.id:12}`.
 
+use super::{options::UNCLEAR, origin};
 use crate::containers::Container;
 
 /// What a template becomes: which characters STS takes in it, and how many.
@@ -68,20 +69,43 @@ impl Field {
         }
     }
 
-    fn value<'a>(&self, container: &'a Container, host: &'a str) -> &'a str {
-        let label = |name: &str| container.labels.get(name).map(String::as_str).unwrap_or_default();
+    /// The label that it is, or is taken from.
+    fn label(&self) -> Option<&str> {
         match self {
-            Self::Label(name) => label(name),
+            Self::Label(name) => Some(name),
+            Self::Named("compose.project") => Some("com.docker.compose.project"),
+            Self::Named("compose.service") => Some("com.docker.compose.service"),
+            Self::Named("ecs.task") => Some("com.amazonaws.ecs.task-arn"),
+            Self::Named("ecs.family") => Some("com.amazonaws.ecs.task-definition-family"),
+            Self::Named(_) | Self::Variable(_) => None,
+        }
+    }
+
+    fn value<'a>(&self, container: &'a Container, host: &'a str) -> &'a str {
+        let label = self.label().and_then(|name| origin::label(container, name)).unwrap_or_default();
+        match self {
             Self::Variable(name) => container.env.get(name).map(String::as_str).unwrap_or_default(),
             Self::Named("container.name") => &container.name,
             Self::Named("container.id") => &container.id,
             Self::Named("image") => &container.image,
-            Self::Named("compose.project") => label("com.docker.compose.project"),
-            Self::Named("compose.service") => label("com.docker.compose.service"),
+            Self::Named("host") => host,
             // The id at the end of the ARN.
-            Self::Named("ecs.task") => label("com.amazonaws.ecs.task-arn").rsplit('/').next().unwrap_or_default(),
-            Self::Named("ecs.family") => label("com.amazonaws.ecs.task-definition-family"),
-            Self::Named(_) => host,
+            Self::Named("ecs.task") => label.rsplit('/').next().unwrap_or_default(),
+            Self::Label(_) | Self::Named(_) => label,
+        }
+    }
+
+    /// Why nobody can tell what it stands for.
+    fn unclear(&self, container: &Container) -> Option<String> {
+        let label = self.label().filter(|name| origin::unclear_label(container, name).is_some());
+        match self {
+            Self::Variable(name) if container.repeats(name) => {
+                Some(format!("environment variable {name} is there more than once"))
+            }
+            Self::Variable(name) if origin::image_variable(container, name).is_some() => {
+                Some(format!("environment variable {name} is the image's, too: {UNCLEAR}"))
+            }
+            _ => label.map(|name| format!("label {name} is the image's, too: {UNCLEAR}")),
         }
     }
 }
@@ -105,6 +129,14 @@ impl Template {
             return Err(format!("AWS does not take the character {c:?} there"));
         }
         Ok(Self { kind, parts })
+    }
+
+    /// Why nobody can tell what it becomes, if so.
+    pub(super) fn unclear(&self, container: &Container) -> Option<String> {
+        self.parts.iter().find_map(|part| match part {
+            Part::Literal(_) => None,
+            Part::Value { field, .. } => field.unclear(container),
+        })
     }
 
     /// Characters of values that STS refuses become `-`. What is too long loses characters where most

@@ -6,14 +6,15 @@ use super::{
     rules::{Matching, Rule},
     *,
 };
-use crate::containers::UserNamespace;
+use crate::containers::{Given, UserNamespace};
 
 const ACCOUNT: &str = "arn:aws:iam::111122223333:user/metadata-proxy";
 
+pub(super) fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
 pub(crate) fn container(name: &str, labels: &[(&str, &str)], env: &[(&str, &str)]) -> Container {
-    let map = |pairs: &[(&str, &str)]| -> HashMap<String, String> {
-        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
-    };
     Container {
         id: "0123456789abcdef".repeat(4),
         name: name.to_owned(),
@@ -22,9 +23,10 @@ pub(crate) fn container(name: &str, labels: &[(&str, &str)], env: &[(&str, &str)
         image: "registry/app:1.2".to_owned(),
         network: "bridge".to_owned(),
         user_namespace: UserNamespace::Host,
-        from_image: Some(Vec::new()),
+        from_image: Some(Given::default()),
         labels: map(labels),
         env: map(env),
+        repeated: Vec::new(),
     }
 }
 
@@ -85,7 +87,11 @@ fn a_malformed_role_does_not_fall_back_to_the_default() {
 #[test]
 fn what_the_image_has_brought_is_told() {
     let mut container = container("web", &[], &[]);
-    container.from_image = Some(vec!["label metadata-proxy.role".into(), "environment variable PATH".into()]);
+    container.from_image = Some(Given {
+        labels: map(&[("metadata-proxy.role", "web")]),
+        env: map(&[("PATH", "/usr/bin")]),
+        ..Given::default()
+    });
     let decision = judged(&container, &settings(None));
     assert_eq!(decision.verdict, Verdict::NoRole);
     assert!(decision.reasons[0].starts_with("label metadata-proxy.role comes from the image"), "{decision:?}");
@@ -97,6 +103,24 @@ fn without_its_image_a_container_gets_nothing_not_even_the_default() {
     let mut container = container("web", &[("metadata-proxy.role", "web")], &[]);
     container.from_image = None;
     assert_eq!(judged(&container, &settings(Some("default"))).verdict, Verdict::Refused);
+}
+
+#[test]
+fn a_variable_that_is_there_twice_refuses_the_role() {
+    let twice = |variable: &str, template: &str| {
+        let repeated = vec![variable.to_owned()];
+        let container = Container { repeated, ..container("web", &[("metadata-proxy.role", "web")], &[]) };
+        let session_tags = vec![session_tag("team", template).unwrap()];
+        judged(&container, &Settings { session_tags, ..settings(Some("default")) })
+    };
+    for variable in ["IAM_ROLE", "IAM_PROFILE", "IAM_POLICY", "IAM_EXTERNAL_ID", "IAM_ROLE_EXTERNALID"] {
+        let decision = twice(variable, "a");
+        assert_eq!(decision.verdict, Verdict::Refused, "{variable}");
+        let expected = format!("environment variable {variable} is there more than once");
+        assert!(decision.reasons.concat().contains(&expected), "{decision:?}");
+    }
+    assert_eq!(twice("TEAM", "{env.TEAM}").verdict, Verdict::Refused);
+    assert!(matches!(twice("TEAM", "a").verdict, Verdict::Role { .. }));
 }
 
 #[test]
@@ -175,7 +199,7 @@ fn an_exempt_container_keeps_the_real_service_whatever_it_says() {
 }
 
 /// Rules for containers by name.
-fn ruled(rules: Vec<(&str, Effect)>) -> Settings {
+pub(super) fn ruled(rules: Vec<(&str, Effect)>) -> Settings {
     let rule = |(name, effect): (&str, Effect)| Rule {
         place: "config.toml:1".into(),
         matching: Matching { name: Some(serde_json::from_value(name.into()).unwrap()), ..Matching::default() },
@@ -185,7 +209,7 @@ fn ruled(rules: Vec<(&str, Effect)>) -> Settings {
     Settings { rules, ..settings(None) }
 }
 
-fn allow(roles: &[&str], rest: Allowance) -> Effect {
+pub(super) fn allow(roles: &[&str], rest: Allowance) -> Effect {
     let allow = roles.iter().map(|role| role.parse().unwrap()).collect();
     Effect::Allow(Box::new(Allowance { allow, ..rest }))
 }
