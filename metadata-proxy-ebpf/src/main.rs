@@ -17,8 +17,10 @@ mod sandbox;
 mod sockops;
 mod uplink;
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
-    macros::{cgroup_skb, cgroup_sock_addr, cgroup_sockopt, classifier, fentry, sock_ops, tracepoint},
+    macros::{cgroup_skb, cgroup_sock_addr, cgroup_sockopt, classifier, sock_ops, tracepoint},
     programs::{
         FEntryContext, SkBuffContext, SockAddrContext, SockOpsContext, SockoptContext, TcContext, TracePointContext,
     },
@@ -65,10 +67,12 @@ pub fn imds_uplink(ctx: TcContext) -> i32 {
     uplink::verdict(&ctx)
 }
 
-/// Loaded as one that changes what the function returns, which is no section that the loader knows.
-#[fentry(function = "security_socket_setsockopt")]
-pub fn imds_setsockopt_any(ctx: FEntryContext) -> i32 {
-    options::asked(&ctx)
+/// Loaded as one that changes what the function returns: there is no macro for such programs, and the one for `fentry`
+/// returns 0 whatever it is given.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "fentry/security_socket_setsockopt")]
+pub extern "C" fn imds_setsockopt_any(ctx: *mut c_void) -> i32 {
+    options::asked(&FEntryContext::new(ctx))
 }
 
 /// Where the kernel takes no such program.
