@@ -42,7 +42,9 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.advice("socket options", interceptor::try_load_options());
     table.line("uplinks", uplinks().await);
     table.line("exempt cgroups", exempt(config));
-    table.line("Docker", docker(config).await);
+    for (name, result) in engines(config).await {
+        table.line(&name, result);
+    }
     let aws = Aws::connect(config.imds_endpoint.as_deref()).await;
     let clock = clock(aws.as_ref().ok()).await;
     table.line("STS identity", identity(aws, daemon).await);
@@ -152,8 +154,15 @@ fn exempt(config: &Config) -> anyhow::Result<String> {
     })
 }
 
-async fn docker(config: &Config) -> anyhow::Result<String> {
-    Engine::new(&config.docker_host, config.trust_image_metadata).describe().await
+/// Those that are there; all, where none is.
+async fn engines(config: &Config) -> Vec<(String, anyhow::Result<String>)> {
+    let all = config.engines.iter().cloned().map(|at| Engine::new(at, config.trust_image_metadata));
+    let (absent, there): (Vec<_>, Vec<_>) = all.partition(Engine::is_absent);
+    let mut lines = Vec::new();
+    for engine in if there.is_empty() { absent } else { there } {
+        lines.push((format!("engine {}", engine.name()), engine.describe().await));
+    }
+    lines
 }
 
 /// That of the daemon, if there is one.

@@ -82,9 +82,10 @@ Exit status: 0 after SIGTERM or SIGINT, 64 for bad configuration, 1 for anything
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Run {
-    /// Docker engine: unix:///path or tcp://host:port [default: unix:///var/run/docker.sock]
-    #[arg(long, env = "DOCKER_HOST", value_name = "URL")]
-    pub(crate) docker_host: Option<String>,
+    /// Docker engine, or podman's service: unix:///path or tcp://host:port; may be given again
+    /// [default: unix:///var/run/docker.sock and unix:///run/podman/podman.sock, where they are]
+    #[arg(long, env = "DOCKER_HOST", value_name = "URL", value_delimiter = ',')]
+    pub(crate) docker_host: Vec<String>,
 
     /// Role of containers that name none: NAME, PATH/NAME, NAME@ACCOUNT or an ARN [default: no role]
     #[arg(long, env = "DEFAULT_IAM_ROLE", value_name = "ROLE")]

@@ -1,5 +1,6 @@
 //! Flags, environment and file, resolved into one validated configuration.
 
+mod engines;
 mod fixed;
 mod limits;
 mod place;
@@ -23,6 +24,7 @@ use serde::Deserialize;
 use crate::{
     audit,
     cli::{LogFormat, Run},
+    containers::docker::EngineAt,
     credentials,
     identity::{self, Kind, Template, check_tags, operators_tags, rules::Effect, session_tag},
     imds::{Instance, InstanceSettings, Policy, View},
@@ -36,7 +38,7 @@ pub(crate) struct BadConfig(String);
 
 #[derive(Debug)]
 pub(crate) struct Config {
-    pub(crate) docker_host: String,
+    pub(crate) engines: Vec<EngineAt>,
     /// Where all this was read, apart from flags and environment.
     pub(crate) file: Option<PathBuf>,
     pub(crate) place: Place,
@@ -67,7 +69,8 @@ pub(crate) enum Upstream {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 struct File {
-    docker_host: Option<String>,
+    docker_host: Option<engines::Hosts>,
+    engine: Vec<toml::Spanned<engines::Table>>,
     cgroup: Option<PathBuf>,
     bpffs: Option<PathBuf>,
     default_role: Option<String>,
@@ -111,7 +114,6 @@ struct UpstreamTable {
     container_labels: bool,
 }
 
-const DOCKER_HOST: &str = "unix:///var/run/docker.sock";
 const IMDS_ENDPOINT: &str = "http://169.254.169.254";
 
 impl Config {
@@ -134,7 +136,8 @@ impl Config {
     pub(crate) fn with_file(run: Run, file_name: &str, text: &str) -> Result<Self, BadConfig> {
         // An empty variable is as good as unset: compose files pass them on so.
         let given = |value: Option<String>| value.filter(|value| !value.is_empty());
-        let (file, rules) = parse(file_name, text)?;
+        let (mut file, rules) = parse(file_name, text)?;
+        let engines = engines(run.docker_host, &mut file, file_name, text)?;
         let either = |flag: &'static str, value: Option<String>, in_file: Option<String>| match given(value) {
             Some(value) => (Some(value), format!("--{flag}")),
             None => (given(in_file), format!("{file_name}: {flag}")),
@@ -170,16 +173,10 @@ impl Config {
             container_labels: file.upstream.container_labels,
             exempt: file.exempt.containers,
             rules,
+            engines: engines.policies,
             host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         };
 
-        let (docker_host, docker_origin) = either("docker-host", run.docker_host, file.docker_host);
-        let docker_host = docker_host.unwrap_or_else(|| DOCKER_HOST.to_owned());
-        if !["unix://", "tcp://", "http://"].iter().any(|scheme| docker_host.starts_with(scheme)) {
-            return Err(BadConfig(format!(
-                "{docker_origin} {docker_host:?}: expected unix:///path or tcp://host:port"
-            )));
-        }
         let user_data = run.allow_user_data || file.upstream.allow_user_data;
         let view = View::new(&file.upstream.allow, &file.upstream.deny, user_data)
             .map_err(|error| BadConfig(format!("{file_name}: [upstream]: {error}")))?;
@@ -204,7 +201,7 @@ impl Config {
             .transpose()
             .map_err(|(address, error)| BadConfig(format!("{origin} {address:?}: {error}; expected IP:PORT")))?;
         Ok(Self {
-            docker_host,
+            engines: engines.at,
             file: given_path(run.config),
             place: run.place.resolve(file.cgroup, file.bpffs),
             identity,
@@ -234,16 +231,35 @@ fn parsed<T: FromStr<Err: Display>>((value, origin): (Option<String>, String)) -
     value.map_err(|error| BadConfig(format!("{origin}: {error}")))
 }
 
+/// An empty one of those given is as good as none.
+fn engines(flags: Vec<String>, file: &mut File, place: &str, text: &str) -> Result<engines::Engines, BadConfig> {
+    let given = |hosts: Vec<String>| hosts.into_iter().filter(|host| !host.is_empty()).collect::<Vec<_>>();
+    let flags = given(flags);
+    let by_flag = !flags.is_empty();
+    let (hosts, origin) = match file.docker_host.take() {
+        Some(hosts) if !by_flag => (given(hosts.all()), format!("{place}: docker-host")),
+        _ => (flags, "--docker-host".to_owned()),
+    };
+    let tables = std::mem::take(&mut file.engine);
+    let placed = |table: toml::Spanned<engines::Table>| {
+        (format!("{place}:{}", line_at(text, table.span().start)), table.into_inner())
+    };
+    engines::Engines::resolve(hosts, &origin, tables.into_iter().map(placed).collect(), by_flag).map_err(BadConfig)
+}
+
+fn line_at(text: &str, at: usize) -> usize {
+    text.get(..at).unwrap_or_default().matches('\n').count() + 1
+}
+
 fn parse(place: &str, text: &str) -> Result<(File, rules::Rules), BadConfig> {
-    let line_at = |at: usize| text.get(..at).unwrap_or_default().matches('\n').count() + 1;
     let mut file: File = toml::from_str(text).map_err(|error| {
-        let line = error.span().map_or(1, |span| line_at(span.start));
+        let line = error.span().map_or(1, |span| line_at(text, span.start));
         let reason = error.message().lines().collect::<Vec<_>>().join(" ");
         BadConfig(format!("{place}:{line}: {reason}"))
     })?;
     let mut rules = Vec::new();
     for table in std::mem::take(&mut file.rule) {
-        let place = format!("{place}:{}", line_at(table.span().start));
+        let place = format!("{place}:{}", line_at(text, table.span().start));
         let rule = table.into_inner().rule(&place).map_err(|reason| BadConfig(format!("{place}: {reason}")))?;
         rules.push(rule);
     }

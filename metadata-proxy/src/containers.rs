@@ -1,36 +1,48 @@
 //! Which container a cgroup belongs to: the registry of running containers.
 //!
-//! It follows the engine (snapshot, events, and again from the start when the stream breaks), and
-//! asks it when a cgroup is not known yet. It knows nothing of roles: whoever builds it says what a
-//! running container becomes (`W`), and dropping that is all that happens when the container stops.
+//! It follows the engines (`follow`), and asks them when a cgroup is not known yet. It knows nothing of
+//! roles: whoever builds it says what a running container becomes (`W`), and dropping that is all that
+//! happens when the container stops.
 
 pub(crate) mod cgroup;
 pub(crate) mod docker;
+mod follow;
+mod socket;
 
 use std::{
     collections::HashMap,
-    convert::Infallible,
+    fmt::Display,
+    io,
+    os::fd::OwnedFd,
     path::PathBuf,
-    pin::pin,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{
+        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use futures_util::{StreamExt as _, stream};
+use anyhow::bail;
+use futures_util::{StreamExt as _, future, stream::FuturesUnordered};
 use metadata_proxy_common::Flow;
 use tokio::{
     sync::Mutex,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep},
 };
 use tracing::{debug, info, warn};
 
-use docker::{Engine, Event, Lookup};
+use crate::netns;
+use docker::{Engine, Lookup};
 
 /// A running container, as the engine describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) name: String,
+    /// The engine that has told of it, by the name that the operator has given it.
+    pub(crate) engine: String,
+    /// The user whose engine that is; None: root's.
+    pub(crate) of_user: Option<u32>,
     /// Its first process, in the initial pid namespace.
     pub(crate) pid: u32,
     /// The container's own cgroup; what its processes create lies below.
@@ -75,7 +87,7 @@ pub(crate) enum UserNamespace {
 }
 
 impl UserNamespace {
-    fn of(pid: u32, remapped: bool) -> std::io::Result<Self> {
+    fn of(pid: u32, remapped: bool) -> io::Result<Self> {
         let of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/user"));
         Ok(if remapped && of(&pid.to_string())? != of("self")? { Self::Own } else { Self::Host })
     }
@@ -87,17 +99,28 @@ impl UserNamespace {
 pub(crate) struct EngineError(anyhow::Error);
 
 pub(crate) struct Registry<W> {
-    engine: Engine,
+    engines: Vec<Followed>,
     cgroup2: PathBuf,
     admit: Box<dyn Fn(Container) -> W + Send + Sync>,
     entries: RwLock<HashMap<String, Entry<W>>>,
     /// Cgroup id -> container id.
     cgroups: RwLock<HashMap<u64, String>>,
+    /// Containers that two engines have told of, which are nobody's, with their first processes.
+    contested: RwLock<HashMap<String, u32>>,
+    own: Weak<Self>,
+}
+
+struct Followed {
+    engine: Engine,
+    /// Its events are read.
+    in_sight: AtomicBool,
     /// For a cgroup of which nothing was known.
     last_look: Mutex<Option<Instant>>,
 }
 
 struct Entry<W> {
+    /// Its place among the engines.
+    engine: usize,
     pid: u32,
     cgroup: u64,
     name: String,
@@ -113,30 +136,35 @@ const STARTING: Duration = Duration::from_millis(900);
 const POLL: Duration = Duration::from_millis(5);
 /// Between two full looks at the engine for strangers.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(200);
-/// At the engine at a time: one that hangs is not to hold up all others.
-const LOOKS: usize = 8;
-/// Between two attempts to follow the engine.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// Events can be lost without the stream breaking; a full look puts that right.
-const RESYNC: Duration = Duration::from_secs(60);
 
 impl<W: Send + Sync + 'static> Registry<W> {
     pub(crate) fn new(
-        engine: Engine,
+        engines: Vec<Engine>,
         cgroup2: PathBuf,
         admit: impl Fn(Container) -> W + Send + Sync + 'static,
-    ) -> Self {
-        let (entries, cgroups, last_look) = Default::default();
-        Self { engine, cgroup2, admit: Box::new(admit), entries, cgroups, last_look }
+    ) -> Arc<Self> {
+        let followed = |engine| Followed { engine, in_sight: AtomicBool::default(), last_look: Mutex::default() };
+        let engines = engines.into_iter().map(followed).collect();
+        let (entries, cgroups, contested) = Default::default();
+        let admit = Box::new(admit);
+        Arc::new_cyclic(|own| Self { engines, cgroup2, admit, entries, cgroups, contested, own: Weak::clone(own) })
     }
 
-    /// The container of a flow, by the cgroup that the kernel saw. None: no container of this engine.
+    /// The container of a flow, by the cgroup that the kernel saw. None: no container of these engines.
     pub(crate) async fn resolve(&self, flow: &Flow) -> Result<Option<Arc<W>>, EngineError> {
         if let Some(workload) = self.find(flow) {
             return Ok(Some(workload));
         }
         self.look_closer(flow).await.map_err(EngineError)
+    }
+
+    /// The name of each engine, how many containers of it are known, and whether it is followed.
+    pub(crate) fn engines(&self) -> Vec<(&str, usize, bool)> {
+        let entries = self.read();
+        let count = |index| entries.values().filter(|entry| entry.engine == index).count();
+        let all = self.engines.iter().enumerate();
+        all.map(|(index, followed)| (followed.engine.name(), count(index), followed.in_sight.load(Ordering::Relaxed)))
+            .collect()
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<W>> {
@@ -155,20 +183,25 @@ impl<W: Send + Sync + 'static> Registry<W> {
 
     /// A container that has just started is running before the engine says so.
     async fn look_closer(&self, flow: &Flow) -> anyhow::Result<Option<Arc<W>>> {
+        if self.engines.iter().all(|followed| followed.engine.is_absent()) {
+            bail!("there is none yet ({})", self.hosts());
+        }
         // Only a hint which container to ask for: what the engine says decides.
         let Some(id) = cgroup::container_hint(flow.pid, flow.cgroup, &self.cgroup2) else {
-            self.resync_for_stranger().await?;
-            return Ok(self.find(flow));
+            let looks = future::join_all((0..self.engines.len()).map(|engine| self.resync_for_stranger(engine))).await;
+            return match self.find(flow) {
+                Some(workload) => Ok(Some(workload)),
+                None => looks.into_iter().collect::<anyhow::Result<()>>().map(|()| None),
+            };
         };
         let deadline = Instant::now() + STARTING;
         loop {
-            match self.engine.inspect(&id).await? {
-                Lookup::Running(description) => self.admit(*description),
-                Lookup::Starting => {}
-                Lookup::Unknown => return Ok(None),
-            }
+            let starting = self.ask_all(&id).await;
             if let Some(workload) = self.find(flow) {
                 return Ok(Some(workload));
+            }
+            if !starting? {
+                return Ok(None);
             }
             if Instant::now() >= deadline {
                 debug!("container {id} does not appear at the engine");
@@ -178,134 +211,138 @@ impl<W: Send + Sync + 'static> Registry<W> {
         }
     }
 
-    /// One look at the engine for all who ask at the same time, and not too often: who has no container
+    /// Asks the engines at the same time, and waits for no more of them than it takes to find one that has it. Whether the
+    /// container is starting; an error where nobody has it, and one could not be asked.
+    async fn ask_all(&self, id: &str) -> anyhow::Result<bool> {
+        let ask = |engine: usize| async move { (engine, self.engine(engine).inspect(id).await) };
+        let mut answers: FuturesUnordered<_> = (0..self.engines.len()).map(ask).collect();
+        let mut result = Ok(false);
+        while let Some((engine, answer)) = answers.next().await {
+            match answer {
+                Ok(Lookup::Running(description)) => {
+                    self.admit(engine, *description);
+                    return Ok(true);
+                }
+                Ok(Lookup::Starting) => result = Ok(true),
+                Ok(Lookup::Unknown) => {}
+                Err(error) if matches!(result, Ok(false)) => result = Err(error),
+                Err(_) => {}
+            }
+        }
+        result
+    }
+
+    /// One look at an engine for all who ask at the same time, and not too often: who has no container
     /// may ask as often as it likes.
-    async fn resync_for_stranger(&self) -> anyhow::Result<()> {
-        let mut last = self.last_look.lock().await;
+    async fn resync_for_stranger(&self, engine: usize) -> anyhow::Result<()> {
+        let followed = self.followed(engine);
+        if followed.engine.is_absent() {
+            return Ok(());
+        }
+        let mut last = followed.last_look.lock().await;
         if last.is_none_or(|last| last.elapsed() >= BETWEEN_LOOKS) {
-            self.resync().await?;
+            self.resync(engine).await?;
             *last = Some(Instant::now());
         }
         Ok(())
     }
 
-    /// Follows the engine for as long as the daemon runs, also when it is not there yet.
-    pub(crate) async fn follow(&self) -> Infallible {
-        let mut pause = FIRST_PAUSE;
-        let mut told = String::new();
-        loop {
-            let since = Instant::now();
-            let error = match self.follow_stream().await {
-                Ok(()) => "its stream of events ended".to_owned(),
-                Err(error) => format!("{error:#}"),
-            };
-            if since.elapsed() > Duration::from_secs(10) {
-                (pause, told) = (FIRST_PAUSE, String::new());
-            }
-            if error != told {
-                warn!("cannot follow the engine: {error}; what is known stays in force, trying again");
-                told = error;
-            }
-            sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
-        }
+    /// By its place among them, which never changes.
+    fn followed(&self, engine: usize) -> &Followed {
+        &self.engines[engine]
     }
 
-    async fn follow_stream(&self) -> anyhow::Result<()> {
-        // Events from before the snapshot, so that none is missed between the two.
-        let mut events = Box::pin(self.engine.events().await?);
-        self.resync().await?;
-        info!(running = self.read().len(), "ready: following the containers of {}", self.engine.host());
-        let mut next_resync = Instant::now() + RESYNC;
-        loop {
-            match timeout(next_resync.saturating_duration_since(Instant::now()), events.next()).await {
-                Ok(Some(event)) => self.apply(event?).await,
-                Ok(None) => return Ok(()),
-                Err(_elapsed) => {
-                    self.resync().await?;
-                    next_resync = Instant::now() + RESYNC;
-                }
-            }
-        }
+    fn engine(&self, engine: usize) -> &Engine {
+        &self.followed(engine).engine
     }
 
-    async fn apply(&self, event: Event) {
-        // Also of a stop: it may run again by now, and be known already.
-        let (Event::Started(id) | Event::Stopped(id) | Event::Renamed(id)) = event;
-        match self.engine.inspect(&id).await {
-            Ok(Lookup::Running(description)) => self.admit(*description),
-            Ok(Lookup::Starting | Lookup::Unknown) => self.dismiss(&id),
-            Err(error) => warn!(id = short(&id), "{error:#}; looked at again when it asks, or within {RESYNC:?}"),
-        }
+    fn hosts(&self) -> String {
+        self.engines.iter().map(|followed| followed.engine.host()).collect::<Vec<_>>().join(", ")
     }
 
-    /// Makes the registry what the engine says now.
-    async fn resync(&self) -> anyhow::Result<()> {
-        let before: Vec<String> = self.read().keys().cloned().collect();
-        let running = self.engine.running().await?;
-        let look = |id: String| async move {
-            let seen = self.engine.inspect(&id).await;
-            (id, seen)
-        };
-        let mut looks = pin!(stream::iter(running.clone()).map(look).buffer_unordered(LOOKS));
-        let mut failed = Vec::new();
-        while let Some((id, seen)) = looks.next().await {
-            match seen {
-                Ok(Lookup::Running(description)) => self.admit(*description),
-                Ok(Lookup::Starting | Lookup::Unknown) => {}
-                Err(error) => failed.push((id, error)),
-            }
-        }
-        // One that the engine cannot describe is no trouble of the others.
-        if failed.len() == running.len()
-            && let Some((_, error)) = failed.pop()
-        {
-            return Err(error);
-        }
-        for (id, error) in failed {
-            warn!(id = short(&id), "{error:#}; what was known of this container stays in force");
-        }
-        // Not those admitted meanwhile, which the list cannot have.
-        for id in before.iter().filter(|id| !running.contains(id)) {
-            self.dismiss(id);
-        }
-        Ok(())
-    }
-
-    fn admit(&self, description: docker::Description) {
-        let (id, pid) = (description.id.clone(), description.pid);
+    fn admit(&self, engine: usize, description: docker::Description) {
+        let (id, pid, source) = (description.id.clone(), description.pid, self.engine(engine).name());
+        let gone = |error: &dyn Display| debug!("container {} is none, it may be gone: {error}", description.name);
         // Before its cgroup, which then shows that it was the container's process whose namespace that is.
-        let user_namespace = match UserNamespace::of(pid, description.remapped) {
+        let process = netns::process(pid);
+        let namespace = UserNamespace::of(pid, description.remapped)
+            .and_then(|namespace| Ok((namespace, netns::user_namespace_owner(pid)?)));
+        let (user_namespace, user) = match namespace {
             Ok(namespace) => namespace,
-            Err(error) => return debug!("container {} has no process, it may be gone: {error}", description.name),
+            Err(error) => return gone(&error),
         };
         let cgroup = match cgroup::of_container(pid, &id, &self.cgroup2) {
             Ok(cgroup) => cgroup,
-            Err(error) => return debug!("container {} has no cgroup, it may be gone: {error:#}", description.name),
+            Err(error) => return gone(&format_args!("{error:#}")),
         };
+        if let Some(owner) = description.of_user.filter(|owner| *owner != user) {
+            warn!(
+                id = short(&id),
+                "engine {source} is user {owner}'s, and tells of a container of user {user}'s: it does not count"
+            );
+            return;
+        }
         let mut entries = self.write();
+        let mut contested = self.contested.write().unwrap_or_else(PoisonError::into_inner);
+        if contested.get(&id) == Some(&pid) {
+            return;
+        }
         let complete = description.from_image.is_some();
         let known = |entry: &Entry<W>| {
             let same = entry.pid == pid && entry.cgroup == cgroup && entry.name == description.name;
             same && (entry.complete || !complete)
         };
-        if entries.get(&id).is_some_and(known) {
-            return;
+        match entries.get(&id) {
+            Some(entry) if entry.engine != engine && entry.pid == pid => {
+                let other = self.engine(entry.engine).name();
+                warn!(id = short(&id), "engines {other} and {source} both tell of this container: it has no role");
+                self.write_cgroups().remove(&entry.cgroup);
+                entries.remove(&id);
+                contested.insert(id, pid);
+                return;
+            }
+            Some(entry) if known(entry) => return,
+            _ => {}
         }
-        info!(container = description.name, id = short(&id), pid, cgroup, "container started");
+        drop(contested);
+        info!(container = description.name, id = short(&id), engine = source, pid, cgroup, "container started");
         let name = description.name.clone();
-        let workload = Arc::new((self.admit)(description.at(cgroup, user_namespace)));
-        let old = entries.insert(id.clone(), Entry { pid, cgroup, name, complete, workload });
+        let workload = Arc::new((self.admit)(description.at(cgroup, user_namespace, source)));
+        let old = entries.insert(id.clone(), Entry { engine, pid, cgroup, name, complete, workload });
         let mut cgroups = self.write_cgroups();
         if let Some(old) = &old {
             cgroups.remove(&old.cgroup);
         }
-        cgroups.insert(cgroup, id);
+        cgroups.insert(cgroup, id.clone());
+        if old.is_none_or(|old| old.pid != pid) {
+            tokio::spawn(Self::dismiss_at_end(Weak::clone(&self.own), id, pid, process));
+        }
     }
 
-    fn dismiss(&self, id: &str) {
+    /// Whatever an engine says or fails to say: a container whose first process has ended is gone.
+    async fn dismiss_at_end(own: Weak<Self>, id: String, pid: u32, process: io::Result<OwnedFd>) {
+        netns::end_of(process).await;
+        if let Some(registry) = own.upgrade() {
+            registry
+                .contested
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .retain(|other, of| *other != id || *of != pid);
+            registry.dismiss_if(&id, |entry| entry.pid == pid);
+        }
+    }
+
+    /// What this engine no longer has.
+    fn dismiss(&self, engine: usize, id: &str) {
+        self.dismiss_if(id, |entry| entry.engine == engine);
+    }
+
+    fn dismiss_if(&self, id: &str, meant: impl Fn(&Entry<W>) -> bool) {
         // Both under one lock, or an admission in between would lose its cgroup.
         let mut entries = self.write();
+        if !entries.get(id).is_some_and(meant) {
+            return;
+        }
         let Some(entry) = entries.remove(id) else { return };
         self.write_cgroups().remove(&entry.cgroup);
         drop(entries);

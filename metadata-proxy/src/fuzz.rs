@@ -217,6 +217,8 @@ fn decision(labels: &str, settings: &identity::Settings) -> identity::Decision {
     let mut container = Container {
         id: "0123456789abcdef".repeat(4),
         name: "web".to_owned(),
+        engine: "docker".to_owned(),
+        of_user: None,
         pid: 1,
         cgroup: 1,
         image: "registry/app:1.2".to_owned(),

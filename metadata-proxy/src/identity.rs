@@ -8,7 +8,7 @@ pub(crate) mod rules;
 mod source;
 mod template;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use crate::{
     containers::Container,
@@ -16,7 +16,7 @@ use crate::{
     imds::View,
 };
 use options::Options;
-use rules::{Allowance, Effect, Rules};
+use rules::{Allowance, Effect, EnginePolicy, Rules};
 use source::{Found, Names, OfImage};
 
 pub(crate) use glob::Glob;
@@ -40,6 +40,8 @@ pub(crate) struct Settings {
     /// Names of containers that keep the real service.
     pub(crate) exempt: HashSet<String>,
     pub(crate) rules: Rules,
+    /// By their names, of those that have any.
+    pub(crate) engines: HashMap<String, EnginePolicy>,
     /// The host's name.
     pub(crate) host: String,
 }
@@ -136,7 +138,8 @@ impl Case<'_> {
     fn judge(&self, decision: &mut Decision) -> Result<Verdict, String> {
         let Self { container, settings, home } = *self;
         let Decision { require_imdsv2, view, reasons, source: named_by, .. } = decision;
-        if settings.exempt.contains(&container.name) {
+        // Whoever owns an engine names its containers as he likes.
+        if settings.exempt.contains(&container.name) && container.of_user.is_none() {
             *named_by = Some(EXEMPT.to_owned());
             reasons.push("exempt by its name".to_owned());
             return Ok(Verdict::Instance);
@@ -162,7 +165,12 @@ impl Case<'_> {
             return Ok(Verdict::NoRole);
         };
         options::check_origin(container)?;
+        let policy = settings.engines.get(&container.engine);
+        let denied = |role: &str| format!("[[engine]] {} does not allow role {role}", container.engine);
         if spec == RoleSpec::Instance {
+            if policy.is_some_and(|policy| !policy.allows_instance()) {
+                return Err(denied(INSTANCE));
+            }
             return match rule {
                 Some(rule) if rule.allows_instance() && options == Options::default() => Ok(Verdict::Instance),
                 Some(rule) if rule.allows_instance() => {
@@ -174,10 +182,14 @@ impl Case<'_> {
         let base = settings.role_base.as_ref();
         let arn = spec.resolve(base, home).map_err(|error| error.to_string())?;
         // A short pattern of a rule waits for the account as a short name does.
-        let Some(arn) = arn.filter(|_| home.is_some() || base.is_some() || rule.is_none()) else {
+        let placed = home.is_some() || base.is_some();
+        let Some(arn) = arn.filter(|_| placed || rule.is_none() && policy.is_none()) else {
             reasons.push("AWS has not told yet whose account the daemon is in".to_owned());
             return Ok(Verdict::Pending { name: spec.name().to_owned() });
         };
+        if policy.is_some_and(|policy| !policy.allows(&arn, base, home)) {
+            return Err(denied(arn.as_str()));
+        }
         if let Some(rule) = rule {
             if !rule.allows(&arn, base, home) {
                 return Err(format!("the rule does not allow role {arn}"));
@@ -191,7 +203,17 @@ impl Case<'_> {
 
     /// None: everything is allowed.
     fn rule(&self, reasons: &mut Vec<String>) -> Result<Option<&Allowance>, String> {
-        let Some(rule) = self.settings.rules.find(self.container)? else { return Ok(None) };
+        let rule = self.settings.rules.find(self.container)?;
+        if let Some(user) = self.container.of_user {
+            let engine = &self.container.engine;
+            let policy = self.settings.engines.get(engine);
+            if rule.is_none_or(|rule| rule.matching.engine.is_none()) && policy.is_none_or(|p| p.allow.is_empty()) {
+                return Err(format!(
+                    "its engine {engine} is user {user}'s, who decides what its containers say of themselves: they get roles by a rule with engine = \"{engine}\", or by allow of [[engine]], only"
+                ));
+            }
+        }
+        let Some(rule) = rule else { return Ok(None) };
         reasons.push(format!("{rule} matches"));
         match &rule.effect {
             Effect::Deny => Err("the rule denies it any role".to_owned()),

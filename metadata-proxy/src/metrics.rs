@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _, text},
-    metrics::{counter::ConstCounter, counter::Counter, family::Family, gauge::ConstGauge},
+    metrics::{MetricType, counter::ConstCounter, counter::Counter, family::Family, gauge::ConstGauge},
     registry::{Registry, Unit},
 };
 
@@ -71,6 +71,15 @@ impl fmt::Debug for Parts {
     }
 }
 
+type OfEngine = (&'static str, &'static str, fn(usize, bool) -> i64);
+
+const ENGINES: [OfEngine; 2] = [
+    ("engine_up", "Whether the engine's events are followed", |_, in_sight| i64::from(in_sight)),
+    ("engine_containers", "Running containers that are known, by engine", |containers, _| {
+        i64::try_from(containers).unwrap_or(i64::MAX)
+    }),
+];
+
 impl Collector for Parts {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let (cgroups, published) = (self.interceptor.cgroups().len(), self.interceptor.listeners().len());
@@ -83,6 +92,12 @@ impl Collector for Parts {
         ] {
             let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
             gauge.encode(encoder.encode_descriptor(name, help, None::<&Unit>, gauge.metric_type())?)?;
+        }
+        for (name, help, of) in ENGINES {
+            let mut metric = encoder.encode_descriptor(name, help, None::<&Unit>, MetricType::Gauge)?;
+            for (engine, containers, in_sight) in self.containers.engines() {
+                metric.encode_family(&[("engine", engine)])?.encode_gauge(&of(containers, in_sight))?;
+            }
         }
         let help = "Listeners of namespaces without a known container, closed to make room for others";
         let evicted = ConstCounter::new(self.listeners.evicted());

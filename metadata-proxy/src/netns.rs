@@ -66,6 +66,16 @@ pub(crate) async fn end_of(process: io::Result<OwnedFd>) {
     }
 }
 
+/// The user who has made the user namespace of this process (`NS_GET_OWNER_UID`, Linux 4.11); 0 for the host's.
+pub(crate) fn user_namespace_owner(pid: u32) -> io::Result<u32> {
+    const NS_GET_OWNER_UID: libc::c_ulong = 0xb704;
+    let namespace = File::open(format!("/proc/{pid}/ns/user"))?;
+    let mut uid: libc::uid_t = 0;
+    // SAFETY: the descriptor is open, and the kernel writes one uid to where it is told.
+    let result = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_OWNER_UID as _, &raw mut uid) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(uid) }
+}
+
 /// A hold on the network namespace of this process.
 pub(crate) fn of_process(pid: u32) -> anyhow::Result<File> {
     let path = format!("/proc/{pid}/ns/net");

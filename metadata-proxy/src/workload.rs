@@ -8,7 +8,7 @@ use std::{
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::{
     containers::Container,
@@ -18,7 +18,6 @@ use crate::{
     interceptor::Interceptor,
     listeners::Listeners,
     log_limit::LogLimit,
-    netns,
 };
 
 /// What makes workloads of containers.
@@ -185,17 +184,12 @@ impl Activity {
     }
 }
 
-/// Opens the listener of the container's namespace before it is asked for, and lets it go at the end: with the process,
-/// for it keeps the namespace, and the engine may be slow to tell.
+/// Opens the listener of the container's namespace before it is asked for, and lets it go with the container, for it keeps
+/// the namespace.
 async fn hold_listener(listeners: Arc<Listeners>, pid: u32, end: CancellationToken) {
-    // Before the namespace of that process id is looked at.
-    let process = netns::process(pid);
     match listeners.hold(pid).await {
         Ok(netns) => {
-            tokio::select! {
-                () = end.cancelled() => {}
-                () = netns::end_of(process) => debug!("process {pid} has ended"),
-            }
+            end.cancelled().await;
             listeners.release(netns);
         }
         // Its first connection asks again.

@@ -180,7 +180,7 @@ async fn every_kind_of_refusal_is_told_apart() -> Result<()> {
         let rows = table.lines().map(|line| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
         rows.into_iter().find(|row| row.get(1).is_some_and(|found| found == name)).unwrap_or_default()
     };
-    ensure!(row(&table, "pending")[3..6] == ["later", ROLE, "PENDING"], "{table}");
+    ensure!(row(&table, "pending")[4..7] == ["later", ROLE, "PENDING"], "{table}");
 
     stage.sts.listen_again()?;
     for (name, expected, role, source, shown, words) in [
@@ -255,7 +255,7 @@ async fn every_kind_of_refusal_is_told_apart() -> Result<()> {
         state(&stage, name, expected).await?;
         told(name, words)?;
         let table = text(&ask(&stage, &["ps"])?);
-        ensure!(row(&table, name).get(3..6) == Some(&[role, source, shown].map(str::to_owned)), "{name} in:\n{table}");
+        ensure!(row(&table, name).get(4..7) == Some(&[role, source, shown].map(str::to_owned)), "{name} in:\n{table}");
     }
     let table = text(&ask(&stage, &["ps"])?);
     ensure!(table.lines().count() == 12 && !table.contains('\u{1b}'), "{table}");

@@ -37,7 +37,10 @@ async fn a_host_that_has_everything_passes() -> Result<()> {
     let sts = stage::start_sts(&host)?;
     let output = check(&host, &[])?;
     ensure!(output.status.success(), "{output:?}");
-    ensure!(lines(&output, "ok").len() == 17 && lines(&output, "FAILED").is_empty(), "{output:?}");
+    // What a kernel may lack.
+    let warnings = lines(&output, "warning");
+    ensure!(warnings.iter().all(|line| line.starts_with("warning socket options")), "{output:?}");
+    ensure!(lines(&output, "ok").len() + warnings.len() == 19, "{output:?}");
     let text = String::from_utf8_lossy(&output.stdout);
     for expected in [
         "cgroup driver cgroupfs",
@@ -69,7 +72,7 @@ async fn each_thing_missing_is_named_with_its_remedy() -> Result<()> {
     let failed = lines(&output, "FAILED");
     for (name, remedy) in [
         ("exempt cgroups", "/nowhere"),
-        ("Docker", "--docker-host (DOCKER_HOST)"),
+        ("engine docker", "--docker-host (DOCKER_HOST)"),
         ("STS identity", "STS"),
         ("real service", "--disable-upstream"),
     ] {

@@ -84,7 +84,7 @@ async fn links_that_somebody_has_detached_the_next_daemon_makes_anew() -> Result
     // Theirs are in the place of those.
     stage.replace_daemon(daemon_options()).await?;
     ensure!(!stage.daemon.log()?.contains("was no longer attached"), "{}", stage.daemon.log()?);
-    shell(&stage, &format!("test $(ls {PINS}/v2/links-*/ | wc -l) = 8"))
+    shell(&stage, &format!("test $(ls {PINS}/v3/links-*/ | wc -l) = 9"))
 }
 
 /// Beside the tests.

@@ -28,8 +28,8 @@ pub(crate) async fn ps(socket: &Path, json: bool) -> anyhow::Result<()> {
     }
     let now = Timestamp::now();
     println!(
-        "{:<14}{:<24}{:<16}{:<40}{:<36}{:<22}{:>9}  LAST CLIENT",
-        "CONTAINER", "NAME", "NETWORK", "ROLE", "SOURCE", "CREDENTIALS", "REQUESTS"
+        "{:<14}{:<24}{:<12}{:<16}{:<40}{:<36}{:<22}{:>9}  LAST CLIENT",
+        "CONTAINER", "NAME", "ENGINE", "NETWORK", "ROLE", "SOURCE", "CREDENTIALS", "REQUESTS"
     );
     for status in parse(&body)? {
         let role = status.role.as_deref().unwrap_or("-");
@@ -41,9 +41,10 @@ pub(crate) async fn ps(socket: &Path, json: bool) -> anyhow::Result<()> {
         let client = status.last_client.and_then(|client| client.user_agent).unwrap_or_else(|| "-".to_owned());
         let credentials = in_short(status.verdict, &status.credentials, now);
         let line = format!(
-            "{:<14}{:<24}{:<16}{role:<40}{source:<36}{credentials:<22}{:>9}  {client}",
+            "{:<14}{:<24}{:<12}{:<16}{role:<40}{source:<36}{credentials:<22}{:>9}  {client}",
             short(&status.id),
             status.name,
+            status.engine,
             // Of `container:ID` and networks with long names, the beginning.
             status.network.chars().take(15).collect::<String>(),
             status.requests
@@ -94,7 +95,10 @@ fn lines(status: &Status, now: Timestamp) -> Vec<(&'static str, String)> {
         UserNamespace::Own => "a user namespace of its own",
     };
     let mut lines = vec![
-        ("container", format!("{} ({}), image {}", status.name, short(&status.id), status.image)),
+        (
+            "container",
+            format!("{} ({}), engine {}, image {}", status.name, short(&status.id), status.engine, status.image),
+        ),
         ("cgroup", format!("{} (/{}), first process {}", status.cgroup, path(&status.cgroup_path), status.pid)),
         ("network", format!("{}, namespace {}, {user}", status.network, path(&status.network_namespace))),
     ];
@@ -209,7 +213,7 @@ mod tests {
 
     fn status(name: &str, id: &str) -> Status {
         let status = json!({
-            "id": id, "name": name, "image": "", "cgroup": 1, "cgroup_path": null, "pid": 1, "network": "", "network_namespace": null,
+            "id": id, "name": name, "engine": "docker", "image": "", "cgroup": 1, "cgroup_path": null, "pid": 1, "network": "", "network_namespace": null,
             "user_namespace": "host", "sources": [], "reasons": [], "verdict": "no-role", "role": null, "role_source": null,
             "session": null, "options": [], "credentials": { "state": "none" }, "advice": null, "requests": 0, "last_client": null,
         });

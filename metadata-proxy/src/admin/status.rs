@@ -16,6 +16,8 @@ use crate::{
 pub(crate) struct Status {
     pub(crate) id: String,
     pub(crate) name: String,
+    /// By its name in the configuration.
+    pub(crate) engine: String,
     pub(crate) image: String,
     pub(crate) cgroup: u64,
     /// Below the cgroup2 mount, where its first process is; None if that has ended.
@@ -98,6 +100,7 @@ pub(crate) fn of(workload: &Workload, store: &Store) -> Status {
     Status {
         id: container.id.clone(),
         name: container.name.clone(),
+        engine: container.engine.clone(),
         image: container.image.clone(),
         cgroup: container.cgroup,
         cgroup_path: cgroup::path_of(container.pid).ok(),

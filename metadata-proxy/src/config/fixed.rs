@@ -9,7 +9,7 @@ impl Config {
     pub(crate) fn fixed(&self) -> Fixed {
         // All of it: what is new is a mistake here until somebody has thought of it.
         let Self {
-            docker_host,
+            engines,
             file: _,
             place,
             identity: _,
@@ -26,7 +26,7 @@ impl Config {
             log,
         } = self;
         vec![
-            ("docker-host", docker_host.clone()),
+            ("docker-host and [[engine]] hosts", format!("{engines:?}")),
             ("cgroup", format!("{:?}", place.cgroup)),
             ("bpffs", format!("{:?}", place.bpffs)),
             ("trust-image-metadata", trust_image_metadata.to_string()),

@@ -33,6 +33,7 @@ pub(super) struct Table {
     ecs_family: Option<Glob>,
     network: Option<Glob>,
     user_namespace: Option<UserNamespace>,
+    engine: Option<Glob>,
 
     deny: bool,
     allow: Vec<String>,
@@ -93,6 +94,7 @@ impl Table {
             ecs_family: self.ecs_family,
             network: self.network,
             user_namespace: self.user_namespace,
+            engine: self.engine,
         };
         Ok(Rule { place: place.to_owned(), matching, effect })
     }

@@ -21,7 +21,7 @@ fn with_file(text: &str, args: &[&str]) -> Result<Config, BadConfig> {
 fn flags_win_over_the_file() {
     let file = "docker-host = 'unix:///file.sock'\nbpffs = '/file'\nlog-format = 'json'\n";
     let config = with_file(file, &["--docker-host", "unix:///flag.sock"]).unwrap();
-    assert_eq!(config.docker_host, "unix:///flag.sock");
+    assert_eq!(config.engines.first().map(|engine| engine.host.as_str()), Some("unix:///flag.sock"));
     assert_eq!(config.place.bpffs, PathBuf::from("/file"));
     assert_eq!(config.log_format, LogFormat::Json);
 }

@@ -2,11 +2,12 @@
 
 use std::{
     collections::HashMap,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use bollard::{
     Docker,
     errors::Error,
@@ -16,18 +17,39 @@ use bollard::{
 use futures_util::{Stream, StreamExt as _, future};
 use jiff::Timestamp;
 use tokio::sync::OnceCell;
-use tracing::warn;
+use tracing::{info, warn};
 
-use super::{Container, Given, UserNamespace};
+use super::{
+    Container, Given, UserNamespace,
+    socket::{self, Owner},
+};
 
 /// An engine that does not answer is as bad as none; SDKs wait a second.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Images whose settings are remembered; a host has some dozens.
 const IMAGES: usize = 1024;
 
+/// Where an engine is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct EngineAt {
+    pub(crate) name: String,
+    /// `unix:///path` or `tcp://host:port`.
+    pub(crate) host: String,
+    /// One of those that a host may have: it may never come.
+    pub(crate) optional: bool,
+}
+
+impl EngineAt {
+    fn socket(&self) -> Option<&Path> {
+        self.host.strip_prefix("unix://").map(Path::new)
+    }
+}
+
 /// The engine, which need not be there yet: at boot the daemon comes first.
 pub(crate) struct Engine {
-    host: String,
+    at: EngineAt,
+    /// Whose its socket is; None: not looked at yet.
+    owner: Mutex<Option<Owner>>,
     clients: OnceCell<Clients>,
     /// What an image brings counts as if the container's starter had given it.
     trust_images: bool,
@@ -57,6 +79,8 @@ pub(crate) struct Description {
     network: String,
     /// Whether it is to have a user namespace of its own.
     pub(super) remapped: bool,
+    /// The user whose engine it is; None: root's.
+    pub(super) of_user: Option<u32>,
     pub(super) from_image: Option<Given>,
     given: Given,
 }
@@ -89,10 +113,25 @@ fn take_out(own: &mut HashMap<String, String>, image: &HashMap<String, String>) 
 }
 
 impl Description {
-    pub(super) fn at(self, cgroup: u64, user_namespace: UserNamespace) -> Container {
-        let Self { id, name, pid, image, network, from_image, given, .. } = self;
+    pub(super) fn at(self, cgroup: u64, user_namespace: UserNamespace, engine: &str) -> Container {
+        let Self { id, name, pid, image, network, from_image, given, of_user, .. } = self;
         let Given { labels, env, repeated } = given;
-        Container { id, name, pid, cgroup, image, network, user_namespace, from_image, labels, env, repeated }
+        let engine = engine.to_owned();
+        Container {
+            id,
+            name,
+            engine,
+            of_user,
+            pid,
+            cgroup,
+            image,
+            network,
+            user_namespace,
+            from_image,
+            labels,
+            env,
+            repeated,
+        }
     }
 }
 
@@ -113,9 +152,10 @@ pub(crate) enum Event {
 
 impl Engine {
     /// Asks nothing yet.
-    pub(crate) fn new(host: &str, trust_images: bool) -> Self {
+    pub(crate) fn new(at: EngineAt, trust_images: bool) -> Self {
         Self {
-            host: host.to_owned(),
+            at,
+            owner: Mutex::default(),
             clients: OnceCell::new(),
             trust_images,
             images: Mutex::default(),
@@ -124,23 +164,63 @@ impl Engine {
     }
 
     pub(crate) fn host(&self) -> &str {
-        &self.host
+        &self.at.host
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.at.name
+    }
+
+    /// One that need not be there is not.
+    pub(crate) fn is_absent(&self) -> bool {
+        self.at.optional && self.at.socket().is_some_and(|path| matches!(socket::identity(path), Ok(None)))
+    }
+
+    /// Before it is believed: that its socket is no other engine's, and whose it is.
+    pub(super) async fn check(&self, mut earlier: impl Iterator<Item = &Self>) -> anyhow::Result<()> {
+        let Some(path) = self.at.socket() else { return Ok(()) };
+        let identity = |engine: &Self| engine.at.socket().and_then(|path| socket::identity(path).ok().flatten());
+        let own = identity(self);
+        if let Some(other) = earlier.find(|other| own.is_some() && identity(other) == own) {
+            bail!("its socket {} is that of engine {}", path.display(), other.name());
+        }
+        let owner = socket::owner(path).await.with_context(|| self.remedy())?;
+        if let Owner::User(uid) = owner {
+            info!(
+                "engine {} is user {uid}'s: its containers get roles by rules that name it, and no others",
+                self.name()
+            );
+        }
+        *self.owner.lock().unwrap_or_else(PoisonError::into_inner) = Some(owner);
+        Ok(())
+    }
+
+    /// Not before it has been looked at; where an operator has given an address, that is the operator's word.
+    fn of_user(&self) -> anyhow::Result<Option<u32>> {
+        match *self.owner.lock().unwrap_or_else(PoisonError::into_inner) {
+            _ if self.at.socket().is_none() => Ok(None),
+            Some(Owner::Root) => Ok(None),
+            Some(Owner::User(uid)) => Ok(Some(uid)),
+            None => bail!("whose engine {} is has not been found out yet", self.name()),
+        }
+    }
+
+    fn remedy(&self) -> String {
+        format!(
+            "cannot reach the Docker engine at {}: is it running, and is --docker-host (DOCKER_HOST) right?",
+            self.host()
+        )
     }
 
     /// Connects, the first time, and agrees on an API version.
     async fn clients(&self) -> anyhow::Result<&Clients> {
         let connect = async {
-            let docker = Docker::connect_with_host(&self.host)?;
+            let docker = Docker::connect_with_host(self.host())?;
             let docker = docker.with_timeout(TIMEOUT).negotiate_version().await?;
             let streaming = docker.clone().with_timeout(Duration::from_secs(10 * 365 * 24 * 3600));
             Ok::<_, Error>(Clients { docker, streaming })
         };
-        self.clients.get_or_try_init(|| connect).await.with_context(|| {
-            format!(
-                "cannot reach the Docker engine at {}: is it running, and is --docker-host (DOCKER_HOST) right?",
-                self.host
-            )
-        })
+        self.clients.get_or_try_init(|| connect).await.with_context(|| self.remedy())
     }
 
     /// What it is, in a line.
@@ -161,13 +241,17 @@ impl Engine {
     }
 
     pub(super) async fn inspect(&self, id: &str) -> anyhow::Result<Lookup> {
+        if self.is_absent() {
+            return Ok(Lookup::Unknown);
+        }
         let found = match self.clients().await?.docker.inspect_container(id, None::<InspectContainerOptions>).await {
             Ok(response) => lookup(response),
             Err(Error::DockerResponseServerError { status_code: 404, .. }) => Lookup::Unknown,
             Err(error) => return Err(error).context("cannot inspect a container"),
         };
         let Lookup::Running(mut description) = found else { return Ok(found) };
-        description.remapped &= self.remaps().await?;
+        description.of_user = self.of_user()?;
+        description.remapped &= description.of_user.is_some() || self.remaps().await?;
         description.from_image = if self.trust_images {
             Some(Given::default())
         } else {
@@ -268,6 +352,7 @@ fn lookup(response: ContainerInspectResponse) -> Lookup {
         image_id: response.image.unwrap_or_default(),
         architecture: platform.and_then(|platform| platform.architecture),
         remapped: host.userns_mode.as_deref() != Some("host"),
+        of_user: None,
         // Two names of the same, depending on the client that created the container.
         network: if network == "default" { "bridge".to_owned() } else { network },
         from_image: None,

@@ -37,6 +37,15 @@ pub(crate) struct Matching {
     pub(crate) ecs_family: Option<Glob>,
     pub(crate) network: Option<Glob>,
     pub(crate) user_namespace: Option<UserNamespace>,
+    pub(crate) engine: Option<Glob>,
+}
+
+/// What the containers of an engine may have, whatever the rules say.
+#[derive(Debug, Default)]
+pub(crate) struct EnginePolicy {
+    /// Any role, if there is none.
+    pub(crate) allow: Vec<Allowed>,
+    pub(crate) deny: Vec<Allowed>,
 }
 
 #[derive(Debug)]
@@ -83,6 +92,27 @@ impl FromStr for Allowed {
     }
 }
 
+impl Allowed {
+    fn covers(&self, arn: &RoleArn, base: Option<&RoleBase>, home: Option<&Home>) -> bool {
+        match self {
+            Self::Instance => false,
+            Self::Arn(glob) => glob.matches(arn.as_str()),
+            Self::Short(glob) => role_pattern(&glob.0, base, home).is_some_and(|pattern| pattern.matches(arn.as_str())),
+        }
+    }
+}
+
+impl EnginePolicy {
+    pub(super) fn allows(&self, arn: &RoleArn, base: Option<&RoleBase>, home: Option<&Home>) -> bool {
+        let any = |all: &[Allowed]| all.iter().any(|allowed| allowed.covers(arn, base, home));
+        (self.allow.is_empty() || any(&self.allow)) && !any(&self.deny)
+    }
+
+    pub(super) fn allows_instance(&self) -> bool {
+        (self.allow.is_empty() || self.allow.contains(&Allowed::Instance)) && !self.deny.contains(&Allowed::Instance)
+    }
+}
+
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the rule at {}", self.place)
@@ -125,6 +155,7 @@ impl Matching {
         fits(&self.name, Some(&container.name))
             && fits(&self.image, Some(&container.image))
             && fits(&self.network, Some(&container.network))
+            && fits(&self.engine, Some(&container.engine))
             && self.user_namespace.is_none_or(|namespace| namespace == container.user_namespace)
             && fits(&self.compose_project, label("com.docker.compose.project"))
             && fits(&self.ecs_cluster, label("com.amazonaws.ecs.cluster"))
@@ -144,14 +175,7 @@ impl Allowance {
             .default_role
             .as_ref()
             .is_some_and(|role| role.resolve(base, home).is_ok_and(|role| role.as_ref() == Some(arn)));
-        is_default
-            || self.allow.iter().any(|allowed| match allowed {
-                Allowed::Instance => false,
-                Allowed::Arn(glob) => glob.matches(arn.as_str()),
-                Allowed::Short(glob) => {
-                    role_pattern(&glob.0, base, home).is_some_and(|pattern| pattern.matches(arn.as_str()))
-                }
-            })
+        is_default || self.allow.iter().any(|allowed| allowed.covers(arn, base, home))
     }
 
     /// What the rule puts upon the container's options. What would undo it refuses the role.
@@ -206,6 +230,7 @@ mod tests {
             ecs_family: glob("fam*"),
             network: glob("bridge"),
             user_namespace: Some(UserNamespace::Host),
+            engine: glob("d*"),
         };
         assert!(matching().covers(&container, origin::label) && Matching::default().covers(&container, origin::label));
         for wrong in [
@@ -217,6 +242,7 @@ mod tests {
             Matching { ecs_family: glob("x"), ..matching() },
             Matching { network: glob("host"), ..matching() },
             Matching { user_namespace: Some(UserNamespace::Own), ..matching() },
+            Matching { engine: glob("podman"), ..matching() },
         ] {
             assert!(!wrong.covers(&container, origin::label), "{wrong:?}");
         }

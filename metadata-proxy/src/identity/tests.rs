@@ -18,6 +18,8 @@ pub(crate) fn container(name: &str, labels: &[(&str, &str)], env: &[(&str, &str)
     Container {
         id: "0123456789abcdef".repeat(4),
         name: name.to_owned(),
+        engine: "docker".to_owned(),
+        of_user: None,
         pid: 1,
         cgroup: 1,
         image: "registry/app:1.2".to_owned(),
@@ -40,6 +42,7 @@ pub(super) fn settings(default: Option<&str>) -> Settings {
         container_labels: false,
         exempt: HashSet::new(),
         rules: Rules::default(),
+        engines: HashMap::new(),
         host: "host-1".to_owned(),
     }
 }
@@ -327,4 +330,53 @@ fn no_container_adds_lines_to_what_is_said_of_it() {
         assert!(!said.contains(|c: char| c.is_control() || c == '\u{202e}'), "{said:?}");
     }
     assert_eq!(printable("caf\u{e9} \"a\" 'b' \\"), "caf\u{e9} \"a\" 'b' \\");
+}
+
+#[test]
+fn containers_of_a_users_engine_have_roles_by_what_names_the_engine_only() {
+    let theirs = |name: &str, role: &str| Container {
+        engine: "ci".to_owned(),
+        of_user: Some(1000),
+        ..container(name, &[("metadata-proxy.role", role)], &[])
+    };
+    let rule = |engine: Option<&str>, roles: &[&str]| Rule {
+        place: "file:1".to_owned(),
+        matching: Matching { engine: engine.map(|engine| Glob(engine.to_owned())), ..Matching::default() },
+        effect: Effect::Allow(Box::new(Allowance {
+            allow: roles.iter().map(|role| role.parse().unwrap()).collect(),
+            ..Allowance::default()
+        })),
+    };
+    let with =
+        |rules: Vec<Rule>| Settings { rules: Rules { rules, unmatched_allowed: true }, ..settings(Some("basic")) };
+    let policy = |allow: &[&str], deny: &[&str]| {
+        let parsed = |roles: &[&str]| roles.iter().map(|role| role.parse().unwrap()).collect();
+        let policy = EnginePolicy { allow: parsed(allow), deny: parsed(deny) };
+        Settings { engines: [("ci".to_owned(), policy)].into(), ..settings(None) }
+    };
+    let role_of = |container: &Container, settings: &Settings| name(judged(container, settings).verdict);
+
+    // Neither its own label, nor a default, nor a rule for all, nor an exemption by name.
+    let refused = judged(&theirs("web", "web"), &settings(Some("basic")));
+    assert_eq!(refused.verdict, Verdict::Refused);
+    assert!(refused.reasons.join(" ").contains("user 1000's"), "{refused:?}");
+    assert_eq!(role_of(&theirs("web", "web"), &with(vec![rule(None, &["*"])])), None);
+    let exempt = Settings { exempt: HashSet::from(["agent".to_owned()]), ..settings(None) };
+    assert_eq!(judged(&theirs("agent", "web"), &exempt).verdict, Verdict::Refused);
+    assert_eq!(judged(&theirs("web", "@instance"), &with(vec![rule(None, &["@instance"])])).verdict, Verdict::Refused);
+
+    assert_eq!(role_of(&theirs("web", "web"), &with(vec![rule(Some("c*"), &["web"])])).as_deref(), Some("web"));
+    assert_eq!(role_of(&theirs("web", "admin"), &with(vec![rule(Some("ci"), &["web"])])), None);
+    let instance = with(vec![rule(Some("ci"), &["@instance"])]);
+    assert_eq!(judged(&theirs("web", "@instance"), &instance).verdict, Verdict::Instance);
+
+    // [[engine]] names it, too, and limits the engines of root as well.
+    assert_eq!(role_of(&theirs("web", "web"), &policy(&["w*"], &[])).as_deref(), Some("web"));
+    assert_eq!(role_of(&theirs("web", "admin"), &policy(&["w*"], &[])), None);
+    assert_eq!(role_of(&theirs("web", "web"), &policy(&["*"], &["web"])), None);
+    assert_eq!(role_of(&theirs("web", "web"), &policy(&[], &["admin"])), None);
+    let roots = |role: &str| Container { of_user: None, ..theirs("web", role) };
+    assert_eq!(role_of(&roots("web"), &policy(&[], &["admin"])).as_deref(), Some("web"));
+    assert_eq!(role_of(&roots("admin"), &policy(&[], &["admin"])), None);
+    assert_eq!(role_of(&roots("job"), &policy(&["web"], &[])), None);
 }

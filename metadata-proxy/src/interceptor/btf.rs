@@ -186,7 +186,7 @@ mod tests {
         let constant = [0, info(10, 0), pid_level]; // 5: const
         let pid = [at("pid"), info(STRUCT, 1), 8, at("level"), 5, 4 * 8]; // 6
         let cred = [at("cred"), info(STRUCT, 1), 8, at("user_ns"), 2, 0]; // 7
-        let user = [at("user_namespace"), 1 << 31 | info(STRUCT, 1), 8, at("level"), 1, 24 << 24 | 12 * 8]; // 8
+        let user = [at("user_namespace"), 1 << 31 | info(STRUCT, 1), 8, at("level"), 1, (24 << 24) | (12 * 8)]; // 8
         let function = [at("f"), info(FUNCTION, 0), 9]; // 9
         [&int[..], &pointer, &anonymous, &task, &constant, &pid, &cred, &user, &function].concat()
     }

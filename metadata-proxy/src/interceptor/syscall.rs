@@ -127,7 +127,10 @@ pub(super) fn load_modify_return(instructions: &[bpf_insn], license: &CStr, func
     // SAFETY: a prefix of `bpf_attr` of the size told; all that it points to outlives the call.
     let fd = unsafe { bpf(BPF_PROG_LOAD, &attributes) }.map_err(|error| {
         let said = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy();
-        io::Error::new(error.kind(), format!("{error}: {}", said.trim_end().lines().last().unwrap_or_default()))
+        match said.trim_end().lines().last() {
+            Some(line) => io::Error::new(error.kind(), format!("{error}: {line}")),
+            None => error,
+        }
     })?;
     // SAFETY: a new descriptor that nobody else has.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

@@ -86,6 +86,7 @@ impl Server {
                             time: now,
                             container_id: &container.id,
                             container_name: &container.name,
+                            engine: &container.engine,
                             image: &container.image,
                             role_arn: arn,
                             session_name: &session.session_name,
