@@ -2,13 +2,14 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     containers::Container,
@@ -192,6 +193,7 @@ async fn hold_listener(listeners: Arc<Listeners>, pid: u32, end: CancellationTok
             end.cancelled().await;
             listeners.release(netns);
         }
+        Err(error) if !Path::new(&format!("/proc/{pid}")).exists() => debug!("process {pid} has ended: {error:#}"),
         // Its first connection asks again.
         Err(error) => warn!("no listener yet in the network namespace of process {pid}: {error:#}"),
     }

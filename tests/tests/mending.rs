@@ -99,7 +99,7 @@ async fn the_programs_of_another_layout_are_replaced_without_a_gap() -> Result<(
     let containers = containers(&stage).await?;
     stage.daemon.kill().await?;
     // As a daemon with another layout has left them. Theirs go when ours are in place.
-    shell(&stage, &format!("mv {PINS}/v2 {PINS}/v0"))?;
+    shell(&stage, &format!("mv {PINS}/v3 {PINS}/v0"))?;
     // Many at a time, for each is held while no daemon is there.
     let asking = "while sleep 0.02; do { timeout 9 wget -qO- http://169.254.169.254/latest/meta-data/ami-id 2>&1; echo; } & done";
     let mut askers = Vec::new();
@@ -125,5 +125,5 @@ async fn the_programs_of_another_layout_are_replaced_without_a_gap() -> Result<(
             request.target
         );
     }
-    shell(&stage, &format!("test ! -e {PINS}/v0 && test -e {PINS}/v2"))
+    shell(&stage, &format!("test ! -e {PINS}/v0 && test -e {PINS}/v3"))
 }

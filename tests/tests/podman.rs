@@ -75,6 +75,9 @@ impl<'a> Podman<'a> {
             &parent,
             "--name",
             name,
+            "--pids-limit=-1",
+            "--ulimit=nofile=1024:1024",
+            "--ulimit=nproc=1024:1024",
             "--label",
             &format!("metadata-proxy.role={}", role_arn(name)),
         ]);
@@ -120,7 +123,7 @@ async fn podmans_containers_have_their_roles_beside_those_of_docker() -> Result<
     let host = TestHost::start().await?;
     let (docker, socket) = (host.engine().socket().to_owned(), host.directory().join("podman.sock"));
     let config = format!(
-        "docker-host = ['unix://{}', 'unix://{}']\n[[engine]]\nhost = 'unix://{}'\nname = 'podman'\ndeny = ['secret']\n",
+        "docker-host = ['unix://{}', 'unix://{}']\n[[engine]]\nhost = 'unix://{}'\nname = 'podman'\ndeny = ['arn:*secret']\n",
         docker.display(),
         socket.display(),
         socket.display(),
@@ -159,9 +162,12 @@ async fn podmans_containers_have_their_roles_beside_those_of_docker() -> Result<
     let mut service = podman.serve(3)?;
     podman.run("host-2", &["--network=host"], "sleep 600")?;
     until("host-2", || Ok(podman.ask("host-2")? == "host-2")).await.with_context(|| log_tail(&stage.daemon))?;
-    let warned =
-        log_tail(&stage.daemon).lines().filter(|line| line.contains(" WARN ")).map(str::to_owned).collect::<Vec<_>>();
-    ensure!(warned.len() <= 3, "{warned:#?}");
+    let log = log_tail(&stage.daemon);
+    let mut warned =
+        log.lines().filter(|line| line.contains(" WARN ") && !line.contains("cannot follow the engine podman"));
+    let about_ends =
+        warned.find(|line| line.contains("inspect") || line.contains("variant") || line.contains("no listener"));
+    ensure!(about_ends.is_none(), "{about_ends:?}");
 
     service.kill()?;
     service.wait()?;

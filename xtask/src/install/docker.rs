@@ -8,15 +8,16 @@ use anyhow::Context as _;
 
 use super::{apt, find};
 
-const PROGRAMS: [(&str, &str); 9] = [
+const PROGRAMS: [(&str, &str); 10] = [
     ("dockerd", "docker.io"),
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("ip", "iproute2"),
     ("nsenter", "util-linux"),
-    // What the networks of rootless engines end at.
+    // Another engine, and what the networks of rootless engines end at.
     ("newuidmap", "uidmap"),
     ("pasta", "passt"),
+    ("podman", "podman"),
     ("rootlesskit", "rootlesskit"),
     ("slirp4netns", "slirp4netns"),
 ];
