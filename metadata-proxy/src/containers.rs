@@ -6,6 +6,7 @@
 
 pub(crate) mod cgroup;
 pub(crate) mod docker;
+mod network;
 
 use std::{
     collections::HashMap,
@@ -37,8 +38,8 @@ pub(crate) struct Container {
     pub(crate) cgroup: u64,
     /// As whoever started the container has named it.
     pub(crate) image: String,
-    /// `bridge`, `host`, `none`, `container:ID` or the name of a network.
-    pub(crate) network: String,
+    /// `bridge`, `host`, `none`, `container:ID` or the name of a network; several of a Swarm service only.
+    pub(crate) networks: Vec<String>,
     pub(crate) user_namespace: UserNamespace,
     /// What the image has in the same words, so that nobody can tell whether its starter has said it, too; it is not among
     /// the labels and variables below. None: nobody can tell whose any of them are.

@@ -220,7 +220,7 @@ fn decision(labels: &str, settings: &identity::Settings) -> identity::Decision {
         pid: 1,
         cgroup: 1,
         image: "registry/app:1.2".to_owned(),
-        network: "bridge".to_owned(),
+        networks: vec!["bridge".to_owned()],
         user_namespace: UserNamespace::Host,
         from_image: Some(Given::default()),
         labels: [("metadata-proxy.role".to_owned(), ROLE.to_owned())].into(),

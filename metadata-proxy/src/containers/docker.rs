@@ -18,7 +18,7 @@ use jiff::Timestamp;
 use tokio::sync::OnceCell;
 use tracing::warn;
 
-use super::{Container, Given, UserNamespace};
+use super::{Container, Given, UserNamespace, network};
 
 /// An engine that does not answer is as bad as none; SDKs wait a second.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -54,7 +54,7 @@ pub(crate) struct Description {
     image_id: String,
     /// Where an image is one of several architectures, that of the container.
     architecture: Option<String>,
-    network: String,
+    networks: Vec<String>,
     /// Whether it is to have a user namespace of its own.
     pub(super) remapped: bool,
     pub(super) from_image: Option<Given>,
@@ -90,9 +90,9 @@ fn take_out(own: &mut HashMap<String, String>, image: &HashMap<String, String>) 
 
 impl Description {
     pub(super) fn at(self, cgroup: u64, user_namespace: UserNamespace) -> Container {
-        let Self { id, name, pid, image, network, from_image, given, .. } = self;
+        let Self { id, name, pid, image, networks, from_image, given, .. } = self;
         let Given { labels, env, repeated } = given;
-        Container { id, name, pid, cgroup, image, network, user_namespace, from_image, labels, env, repeated }
+        Container { id, name, pid, cgroup, image, networks, user_namespace, from_image, labels, env, repeated }
     }
 }
 
@@ -258,7 +258,10 @@ fn lookup(response: ContainerInspectResponse) -> Lookup {
     let config = response.config.unwrap_or_default();
     let name = response.name.unwrap_or_default();
     let host = response.host_config.unwrap_or_default();
-    let network = host.network_mode.unwrap_or_default();
+    let connected = response.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+    let connected = connected.into_iter().map(|(name, network)| (name, network.network_id.unwrap_or_default()));
+    let given = Given::new(config.labels, config.env);
+    let mode = host.network_mode.unwrap_or_default();
     let platform = response.image_manifest_descriptor.and_then(|manifest| manifest.platform);
     Lookup::Running(Box::new(Description {
         name: name.trim_start_matches('/').to_owned(),
@@ -268,10 +271,9 @@ fn lookup(response: ContainerInspectResponse) -> Lookup {
         image_id: response.image.unwrap_or_default(),
         architecture: platform.and_then(|platform| platform.architecture),
         remapped: host.userns_mode.as_deref() != Some("host"),
-        // Two names of the same, depending on the client that created the container.
-        network: if network == "default" { "bridge".to_owned() } else { network },
+        networks: network::names(mode, &given.labels, &connected.collect()),
         from_image: None,
-        given: Given::new(config.labels, config.env),
+        given,
     }))
 }
 
