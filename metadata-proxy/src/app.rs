@@ -151,6 +151,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         credentials: Arc::clone(&credentials),
         known: RwLock::new(Known { settings: config.identity, home: None }),
         exemptions: Arc::clone(&exemptions),
+        lineage: Default::default(),
     });
     let admit = Arc::clone(&workloads);
     let engine = Engine::new(&config.docker_host, config.trust_image_metadata);

@@ -14,7 +14,7 @@ use crate::{
     containers::Container,
     credentials::{Hold, RoleSession, Store},
     exemptions::Exemptions,
-    identity::{self, Decision, Home, RoleArn, Settings, Verdict},
+    identity::{self, Decision, Home, Lineage, RoleArn, Settings, Verdict},
     interceptor::Interceptor,
     listeners::Listeners,
     log_limit::LogLimit,
@@ -29,6 +29,7 @@ pub(crate) struct Workloads {
     pub(crate) known: RwLock<Known>,
     /// Cgroups that keep the real service: a container's may be among them, and our own is.
     pub(crate) exemptions: Arc<Exemptions>,
+    pub(crate) lineage: Mutex<Lineage>,
 }
 
 /// What decisions are made from, beside the container.
@@ -80,7 +81,8 @@ impl Workload {
 }
 
 impl Workloads {
-    pub(crate) fn admit(&self, container: Container) -> Workload {
+    pub(crate) fn admit(&self, mut container: Container) -> Workload {
+        self.lineage.lock().unwrap_or_else(PoisonError::into_inner).trace(&mut container);
         let standing = RwLock::new(Arc::new(self.enact(&container, self.decide(&container))));
         let listener = CancellationToken::new();
         tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
