@@ -208,17 +208,42 @@ async fn the_hosts_own_role_is_had_by_those_whom_a_rule_allows_it_and_no_longer(
     const ALLOWED: &str = "[[rule]]\nname = 'agent'\nallow = ['@instance']\n";
     let mut ruled = Ruled::start(ALLOWED).await?;
     let agent = ruled.idle("agent", &[(ROLE_LABEL, "@instance")]).await?;
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while role(&agent).await? != HOST_ROLE {
-        ensure!(Instant::now() < deadline, "the agent does not get the host's role");
-        sleep(Duration::from_millis(50)).await;
-    }
+    assert_role(&agent, HOST_ROLE).await?;
     let other = ruled.idle("other", &[(ROLE_LABEL, "@instance")]).await?;
     assert_role(&other, "404").await?;
     ruled.reload("[[rule]]\nname = 'agent'\ndeny = true\n", "reloaded").await?;
     assert_role(&agent, "404").await?;
     ruled.reload(ALLOWED, "reloaded").await?;
     assert_role(&agent, HOST_ROLE).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_request_of_a_container_with_the_real_service_is_answered_by_that() -> Result<()> {
+    // By a tool that asks once: the first connection of a container that the daemon does not know yet.
+    const ONCE: &str = "curl -sS --max-time 20 -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' -w ' %{http_code}' \
+        http://169.254.169.254/latest/api/token; \
+        curl -sS --max-time 20 -w ' %{http_code}' http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+    const ALLOWED: &str = "[[rule]]\nname = 'agent-*'\nallow = ['@instance']\n\n[exempt]\ncontainers = ['exempt']\n";
+    let mut ruled = Ruled::start(ALLOWED).await?;
+    for (number, network) in [Network::Default, Network::Host, Network::Default, Network::Host].into_iter().enumerate()
+    {
+        let name = if number == 3 { "exempt".to_owned() } else { format!("agent-{number}") };
+        let spec = ContainerSpec::on_host(&name, ["/usr/bin/sh", "-c", ONCE]).label(ROLE_LABEL, "@instance");
+        let said = ruled.stage.run(spec.network(network)).await?.wait().await?.success()?;
+        ensure!(said.contains(" 200") && said.ends_with(&format!("{HOST_ROLE} 200")), "{name}: {said:?}");
+    }
+    // One whose connection is older than what a rule allows.
+    ruled.reload("[[rule]]\nname = '*'\ndeny = true\n", "reloaded").await?;
+    let spec = ContainerSpec::on_host("agent-old", ["/usr/bin/python3", "-c", ONE_CONNECTION]);
+    let old = ruled.stage.run(spec.label(ROLE_LABEL, "@instance")).await?;
+    told(&old, &["404"]).await?;
+    ruled.reload(ALLOWED, "reloaded").await?;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !old.output().await?.0.contains(HOST_ROLE) {
+        ensure!(Instant::now() < deadline, "{:?}", old.output().await?);
+        sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
 }
 
 /// Asks for the role list over one connection that it never opens again, and writes down what changes.

@@ -1,7 +1,8 @@
 //! What a request is answered: by the protocol, with credentials, or with what the real service says.
 
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode, header::CONNECTION, request::Parts};
+use http::{HeaderValue, Request, StatusCode, header::CONNECTION, request::Parts};
+use hyper::body::Incoming;
 use jiff::Timestamp;
 use metadata_proxy_common::Flow;
 use secrecy::ExposeSecret as _;
@@ -12,26 +13,36 @@ use crate::{
     audit,
     containers::EngineError,
     credentials::{Failure, RoleSession},
-    identity::{RoleArn, Verdict},
+    identity::RoleArn,
     imds::{
         Action, Caller, Forward, IamRequest, PLAIN, Routed,
         iam::{self, CredentialDocument, IamFailure},
         response,
     },
     log_limit::Line,
-    upstream::{Answer, Payload},
-    workload::Workload,
+    upstream::{self, Answer, Payload},
+    workload::{Standing, Workload},
 };
 
 impl Server {
-    pub(super) async fn answer_container(&self, head: &Parts, workload: &Workload, now: Timestamp) -> Response<Body> {
-        let standing = workload.standing();
-        if standing.decision.verdict == Verdict::Instance {
-            // It connected before the kernel knew, or before a rule said so; its next connection is let through.
-            let mut answer = response::empty(StatusCode::SERVICE_UNAVAILABLE, now).map(Body::from);
-            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-            return answer;
-        }
+    /// For who has the real service: it connected before the kernel knew, or before a rule said so, and its next connection is
+    /// let through.
+    pub(super) async fn pass(&self, request: Request<Incoming>, now: Timestamp) -> Response<Body> {
+        let mut answer = match upstream::pass(request).await {
+            Ok(answer) => answer.map(Body::passed),
+            Err(error) => self.failed(&error, now),
+        };
+        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        answer
+    }
+
+    pub(super) async fn answer_container(
+        &self,
+        head: &Parts,
+        workload: &Workload,
+        standing: &Standing,
+        now: Timestamp,
+    ) -> Response<Body> {
         let refused = standing.role().is_some_and(|(_, session)| self.credentials.is_refused(session));
         let caller = Caller {
             id: &workload.container.id,
@@ -122,12 +133,7 @@ impl Server {
         let Answer { status, headers, payload } = match upstream.get(forward.path(), forward.is_listing(), cgroup).await
         {
             Ok(answer) => answer,
-            Err(error) => {
-                if let Some(Line { unsaid }) = self.log.line() {
-                    warn!(unsaid, "{error}");
-                }
-                return response::empty(error.status(), now).map(Body::from);
-            }
+            Err(error) => return self.failed(&error, now),
         };
         let (body, length) = match payload {
             Payload::Stream(stream, length) => (Body::streamed(stream), length),
@@ -142,6 +148,13 @@ impl Server {
             }
         };
         response::forwarded(status, headers, body, length, now)
+    }
+
+    fn failed(&self, error: &upstream::Error, now: Timestamp) -> Response<Body> {
+        if let Some(Line { unsaid }) = self.log.line() {
+            warn!(unsaid, "{error}");
+        }
+        response::empty(error.status(), now).map(Body::from)
     }
 
     pub(super) fn answer_stranger(&self, head: &Parts, flow: &Flow, now: Timestamp) -> Response {
