@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use anyhow::ensure;
 use futures_util::{StreamExt as _, stream};
 use metadata_proxy_common::Flow;
 use tokio::{
@@ -84,7 +85,7 @@ impl UserNamespace {
 
 /// The engine could not be asked, so nothing is known about the asker either way.
 #[derive(Debug, thiserror::Error)]
-#[error("the container engine does not answer: {0:#}")]
+#[error("the container engine does not tell: {0:#}")]
 pub(crate) struct EngineError(anyhow::Error);
 
 pub(crate) struct Registry<W> {
@@ -163,7 +164,9 @@ impl<W: Send + Sync + 'static> Registry<W> {
         };
         let deadline = Instant::now() + STARTING;
         loop {
-            match self.engine.inspect(&id).await? {
+            let found = self.engine.inspect(&id).await?;
+            let starting = matches!(found, Lookup::Starting);
+            match found {
                 Lookup::Running(description) => self.admit(*description),
                 Lookup::Starting => {}
                 Lookup::Unknown => return Ok(None),
@@ -172,6 +175,8 @@ impl<W: Send + Sync + 'static> Registry<W> {
                 return Ok(Some(workload));
             }
             if Instant::now() >= deadline {
+                // Not a stranger: to be told that there is no role, clients would believe.
+                ensure!(!starting, "container {} is still starting there", short(&id));
                 debug!("container {id} does not appear at the engine");
                 return Ok(None);
             }

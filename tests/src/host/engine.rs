@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -35,6 +36,10 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
 address = "/run/engine/containerd.sock"
 "#;
 
+/// A runtime whose containers run for two seconds before the engine hears of it.
+pub const SLOW_RUNTIME: &str = "slow";
+const SLOW_RUNC: &str = "#!/bin/sh\nrunc \"$@\" || exit\nfor word; do [ \"$word\" = start ] && sleep 2; done\nexit 0\n";
+
 pub struct Engine {
     docker: Docker,
     socket: PathBuf,
@@ -52,7 +57,11 @@ impl Engine {
         // Our own, so that the machine's settings have no say.
         let directory = machine.directory();
         fs::write(directory.join("containerd.toml"), CONTAINERD_CONFIG).context("writing containerd.toml")?;
-        fs::write(directory.join("dockerd.json"), "{}").context("writing dockerd.json")?;
+        let slow = directory.join("slow-runc");
+        fs::write(&slow, SLOW_RUNC).context("writing slow-runc")?;
+        fs::set_permissions(&slow, fs::Permissions::from_mode(0o755))?;
+        let settings = format!(r#"{{"runtimes": {{"{SLOW_RUNTIME}": {{"path": "{}"}}}}}}"#, slow.display());
+        fs::write(directory.join("dockerd.json"), settings).context("writing dockerd.json")?;
 
         let mut command = machine.command("containerd");
         command.arg("--config").arg(directory.join("containerd.toml"));
