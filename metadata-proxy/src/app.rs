@@ -155,7 +155,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     });
     let admit = Arc::clone(&workloads);
     let engine = Engine::new(&config.docker_host, config.trust_image_metadata);
-    let registry = Arc::new(Registry::new(engine, cgroup2, move |container| admit.admit(container)));
+    let registry = Arc::new(Registry::new(engine, cgroup2, move |container, before| admit.admit(container, before)));
     tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry), Arc::clone(&about)));
     tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry), audit.clone(), fixed, Arc::clone(&about)));
     let (upstream, rest) = match config.upstream {

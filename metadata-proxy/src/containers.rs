@@ -88,10 +88,13 @@ impl UserNamespace {
 #[error("the container engine does not tell: {0:#}")]
 pub(crate) struct EngineError(anyhow::Error);
 
+/// Of the container, and of what it was before, if anything.
+type Admit<W> = dyn Fn(Container, Option<&W>) -> W + Send + Sync;
+
 pub(crate) struct Registry<W> {
     engine: Engine,
     cgroup2: PathBuf,
-    admit: Box<dyn Fn(Container) -> W + Send + Sync>,
+    admit: Box<Admit<W>>,
     entries: RwLock<HashMap<String, Entry<W>>>,
     /// Cgroup id -> container id.
     cgroups: RwLock<HashMap<u64, String>>,
@@ -127,7 +130,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
     pub(crate) fn new(
         engine: Engine,
         cgroup2: PathBuf,
-        admit: impl Fn(Container) -> W + Send + Sync + 'static,
+        admit: impl Fn(Container, Option<&W>) -> W + Send + Sync + 'static,
     ) -> Self {
         let (entries, cgroups, last_look) = Default::default();
         Self { engine, cgroup2, admit: Box::new(admit), entries, cgroups, last_look }
@@ -300,7 +303,8 @@ impl<W: Send + Sync + 'static> Registry<W> {
         }
         info!(container = description.name, id = short(&id), pid, cgroup, "container started");
         let name = description.name.clone();
-        let workload = Arc::new((self.admit)(description.at(cgroup, user_namespace)));
+        let before = entries.get(&id).map(|entry| Arc::clone(&entry.workload));
+        let workload = Arc::new((self.admit)(description.at(cgroup, user_namespace), before.as_deref()));
         let old = entries.insert(id.clone(), Entry { pid, cgroup, name, complete, workload });
         let mut cgroups = self.write_cgroups();
         if let Some(old) = &old {

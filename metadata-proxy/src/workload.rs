@@ -81,9 +81,11 @@ impl Workload {
 }
 
 impl Workloads {
-    pub(crate) fn admit(&self, mut container: Container) -> Workload {
+    /// `before` is the same container, which may have been renamed.
+    pub(crate) fn admit(&self, mut container: Container, before: Option<&Workload>) -> Workload {
         self.lineage.lock().unwrap_or_else(PoisonError::into_inner).trace(&mut container);
-        let standing = RwLock::new(Arc::new(self.enact(&container, self.decide(&container))));
+        let before = before.map(Workload::standing);
+        let standing = RwLock::new(Arc::new(self.enact(&container, self.decide(&container), before.as_deref())));
         let listener = CancellationToken::new();
         tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
         let (activity, log) = Default::default();
@@ -97,7 +99,7 @@ impl Workloads {
         let mut standing = workload.standing.write().unwrap_or_else(PoisonError::into_inner);
         let decision = self.decide(container);
         if decision != standing.decision {
-            *standing = Arc::new(self.enact(container, decision));
+            *standing = Arc::new(self.enact(container, decision, Some(&standing)));
         }
     }
 
@@ -121,7 +123,7 @@ impl Workloads {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enact(&self, container: &Container, decision: Decision) -> Standing {
+    fn enact(&self, container: &Container, decision: Decision, before: Option<&Standing>) -> Standing {
         let marked = match decision.verdict {
             Verdict::Instance => self.interceptor.give_instance(container.cgroup),
             _ => self.interceptor.add_container(container.cgroup),
@@ -131,7 +133,10 @@ impl Workloads {
         }
         report(&container.name, &decision);
         let hold = match &decision.verdict {
-            Verdict::Role { session, .. } => Some(self.credentials.hold(session.clone())),
+            Verdict::Role { session, .. } => {
+                let before = before.and_then(Standing::role).map(|(_, session)| session);
+                Some(self.credentials.hold_after(session.clone(), before))
+            }
             _ => None,
         };
         Standing { decision, _hold: hold }

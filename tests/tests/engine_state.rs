@@ -1,11 +1,15 @@
 //! What an engine says of a container, and what the container is: where the two differ.
 
-use anyhow::{Result, ensure};
-use bollard::models::ContainerCreateBody;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use bollard::{models::ContainerCreateBody, query_parameters::RenameContainerOptionsBuilder};
 use metadata_proxy_tests::{
     host::{BUSYBOX, ContainerSpec, Network, SLOW_RUNTIME},
-    stage::{Stage, role_arn},
+    stage::{Stage, daemon_options, role_arn},
+    talk::{Plan, ask},
 };
+use tokio::time::sleep;
 
 const ROLE: &str = "metadata-proxy.role";
 
@@ -49,5 +53,50 @@ async fn a_process_of_a_container_that_is_not_said_to_run_is_told_to_try_again_a
     stage.docker().remove_container(&id, None).await?;
     ensure!(ask()? == "404", "without its container it was answered {}", ask()?);
     ensure!(stage.command("rmdir").arg(&cgroup).status()?.success(), "rmdir");
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_is_renamed_while_sts_is_away_keeps_its_credentials() -> Result<()> {
+    const DOCUMENT: &str = "/latest/meta-data/iam/security-credentials/web";
+    let rules = "[[rule]]\nname = '*-admin'\ndeny = true\n\n[[rule]]\nname = '*'\nallow = ['arn:*']\n";
+    let stage = Stage::configured(daemon_options(), rules).await?;
+    let web = stage.run(ContainerSpec::resident("web").label(ROLE, &role_arn("web"))).await?;
+    let key = async || -> Result<(u16, String)> {
+        let answer = ask(&web, &[Plan::get(DOCUMENT)]).await?.pop().context("no answer")?;
+        let key = answer.body.split('"').skip_while(|word| *word != "AccessKeyId").nth(2).unwrap_or_default();
+        Ok((answer.status, key.to_owned()))
+    };
+    let rename = async |name: &str, word: &str| -> Result<()> {
+        let options = RenameContainerOptionsBuilder::new().name(name).build();
+        stage.docker().rename_container(web.id(), options).await?;
+        let begin = Instant::now();
+        while !stage.daemon.log()?.contains(word) {
+            ensure!(begin.elapsed() < Duration::from_secs(20), "no {word:?} in {}", stage.daemon.log()?);
+            sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    };
+    let first = key().await?;
+    stage.sts.stop_listening()?;
+    rename("shop", "session shop-").await?;
+    ensure!(key().await? == first && first.0 == 200, "{:?} after {first:?}", key().await?);
+    // What the new name forbids is lost all the same.
+    rename("shop-admin", "denies it any role").await?;
+    ensure!(key().await?.0 == 404, "{:?}", key().await?);
+    rename("shop", "session shop-").await?;
+    stage.sts.listen_again()?;
+    // As soon as there are others, it has those of its new name.
+    let begin = Instant::now();
+    let own = loop {
+        let (status, key) = key().await?;
+        let session = stage.sts.issued(&key).map(|issued| issued.session_name).unwrap_or_default();
+        if session.starts_with("shop-") {
+            break key;
+        }
+        ensure!(begin.elapsed() < Duration::from_secs(60), "{status} {session}");
+        sleep(Duration::from_millis(100)).await;
+    };
+    ensure!(own != first.1, "the same credentials");
     stage.assert_no_leak()
 }
