@@ -144,3 +144,25 @@ async fn an_updater_does_not_give_a_container_the_role_that_an_old_image_names()
     assert_role(&stage, &told, "web").await?;
     stage.assert_no_leak()
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_names_no_architecture_is_as_any_other() -> Result<()> {
+    // As some tools build them.
+    const STRIP: &str = "set -e; mkdir \"$1\"; cd \"$1\"; docker save mp/base | tar -x; \
+        sed -i 's/\"architecture\":\"[a-z0-9]*\",//' *.json; sed -i 's#mp/base#mp/unnamed#' manifest.json; \
+        rm -f repositories; tar -c * | docker load; docker image inspect --format '[{{.Architecture}}]' mp/unnamed";
+    let stage = Stage::start().await?;
+    let admin = role_arn("admin");
+    image_with(&stage, "mp/base", &format!("ENV IAM_ROLE={admin}")).await?;
+    let mut command = stage.command("sh");
+    command.env("DOCKER_HOST", format!("unix://{}", stage.engine().socket().display()));
+    let output = command.args(["-c", STRIP, "sh"]).arg(stage.directory().join("image")).output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success() && said.trim_end().ends_with("[]"), "{said}{output:?}");
+    let web = stage.run(of_image("mp/unnamed", "web").label(ROLE, &role_arn("web"))).await?;
+    assert_role(&stage, &web, "web").await?;
+    let silent = stage.run(of_image("mp/unnamed", "silent")).await?;
+    assert_role(&stage, &silent, "404").await?;
+    ensure!(stage.sts.assume_role_calls(&admin) == 0, "the image's role was assumed");
+    stage.assert_no_leak()
+}

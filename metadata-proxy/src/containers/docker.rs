@@ -195,7 +195,8 @@ impl Engine {
             Err(error) => return Err(error).context("cannot inspect an image"),
         };
         let Some(settings) = settings.map(Arc::new) else {
-            warn!("the engine does not tell what is in image {id}, of which it has no part for {architecture:?}");
+            let part = architecture.map(|name| format!("'s part for {name:?}")).unwrap_or_default();
+            warn!("the engine does not tell what is in image {id}{part}");
             return Ok(None);
         };
         let mut images = images();
@@ -279,11 +280,15 @@ fn lookup(response: ContainerInspectResponse) -> Lookup {
 
 /// What an image brings; None if that is not told, or of another part than the container's. With the containerd image
 /// store an engine answers without a configuration, or with an empty one, where it has nothing of an image for its own
-/// platform, and a container can be of another than it shows.
+/// platform, and a container can be of another than it shows. An image may name no architecture; of one of which something
+/// is told, the layers are.
 fn settings_of(image: ImageInspect, architecture: Option<&String>) -> Option<Given> {
-    let shown = image.architecture.filter(|architecture| !architecture.is_empty())?;
+    let shown = image.architecture.unwrap_or_default();
     let config = image.config?;
-    architecture.is_none_or(|architecture| *architecture == shown).then(|| Given::new(config.labels, config.env))
+    let layers = image.root_fs.and_then(|root| root.layers).unwrap_or_default();
+    let told = !shown.is_empty() || !layers.is_empty();
+    let same = architecture.is_none_or(|architecture| *architecture == shown);
+    (told && same).then(|| Given::new(config.labels, config.env))
 }
 
 fn pair(variable: &str) -> Option<(String, String)> {
@@ -293,7 +298,7 @@ fn pair(variable: &str) -> Option<(String, String)> {
 
 #[cfg(test)]
 mod tests {
-    use bollard::models::{ContainerConfig, ContainerState, EventActor, HostConfig, ImageConfig};
+    use bollard::models::{ContainerConfig, ContainerState, EventActor, HostConfig, ImageConfig, ImageInspectRootFs};
 
     use super::*;
 
@@ -373,6 +378,11 @@ mod tests {
         assert!(settings_of(image("amd64", None), None).is_none());
         assert!(settings_of(image("", Some(ImageConfig::default())), None).is_none());
         assert!(settings_of(ImageInspect { config: config(), ..Default::default() }, None).is_none());
+        // One that names no architecture, and is there.
+        let layers = ImageInspectRootFs { layers: Some(vec!["sha256:0".into()]), ..Default::default() };
+        let unnamed = || ImageInspect { root_fs: Some(layers.clone()), ..image("", config()) };
+        assert_eq!(settings_of(unnamed(), None).unwrap().labels, role());
+        assert!(settings_of(unnamed(), Some(&own)).is_none());
     }
 
     #[test]
