@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
 };
 
 use jiff::Timestamp;
@@ -44,8 +44,14 @@ pub(crate) struct Workload {
     pub(crate) activity: Activity,
     /// Of what it asks and how that ends.
     pub(crate) log: LogLimit,
-    standing: RwLock<Arc<Standing>>,
+    current: Arc<RwLock<Current>>,
     _listener: DropGuard,
+}
+
+struct Current {
+    standing: Arc<Standing>,
+    /// Its first process has ended, and with it the container, whatever the engine says.
+    ended: bool,
 }
 
 /// What has been decided about a container, and what is done for it.
@@ -76,7 +82,16 @@ impl Standing {
 impl Workload {
     /// What holds now; another decision may follow at any time.
     pub(crate) fn standing(&self) -> Arc<Standing> {
-        Arc::clone(&self.standing.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.current().standing)
+    }
+
+    /// Its first process has, whatever the engine says.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.current().ended
+    }
+
+    fn current(&self) -> RwLockReadGuard<'_, Current> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -85,21 +100,24 @@ impl Workloads {
     pub(crate) fn admit(&self, mut container: Container, before: Option<&Workload>) -> Workload {
         self.lineage.lock().unwrap_or_else(PoisonError::into_inner).trace(&mut container);
         let before = before.map(Workload::standing);
-        let standing = RwLock::new(Arc::new(self.enact(&container, self.decide(&container), before.as_deref())));
+        let standing = Arc::new(self.enact(&container, self.decide(&container), before.as_deref(), false));
+        let current = Arc::new(RwLock::new(Current { standing, ended: false }));
         let listener = CancellationToken::new();
-        tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
+        let (listeners, here) = (Arc::clone(&self.listeners), Arc::downgrade(&current));
+        tokio::spawn(accompany(listeners, container.pid, here, listener.clone()));
         let (activity, log) = Default::default();
-        Workload { container, activity, log, standing, _listener: listener.drop_guard() }
+        Workload { container, activity, log, current, _listener: listener.drop_guard() }
     }
 
     /// Decides anew about a running container.
     pub(crate) fn reconsider(&self, workload: &Workload) {
         let container = &workload.container;
         // Locked before anything is read, so that of two who do this the later has the last word.
-        let mut standing = workload.standing.write().unwrap_or_else(PoisonError::into_inner);
+        let mut current = workload.current.write().unwrap_or_else(PoisonError::into_inner);
         let decision = self.decide(container);
-        if decision != standing.decision {
-            *standing = Arc::new(self.enact(container, decision, Some(&standing)));
+        if decision != current.standing.decision {
+            let standing = self.enact(container, decision, Some(&current.standing), current.ended);
+            current.standing = Arc::new(standing);
         }
     }
 
@@ -123,7 +141,7 @@ impl Workloads {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enact(&self, container: &Container, decision: Decision, before: Option<&Standing>) -> Standing {
+    fn enact(&self, container: &Container, decision: Decision, before: Option<&Standing>, ended: bool) -> Standing {
         let marked = match decision.verdict {
             Verdict::Instance => self.interceptor.give_instance(container.cgroup),
             _ => self.interceptor.add_container(container.cgroup),
@@ -133,7 +151,7 @@ impl Workloads {
         }
         report(&container.name, &decision);
         let hold = match &decision.verdict {
-            Verdict::Role { session, .. } => {
+            Verdict::Role { session, .. } if !ended => {
                 let before = before.and_then(Standing::role).map(|(_, session)| session);
                 Some(self.credentials.hold_after(session.clone(), before))
             }
@@ -193,19 +211,27 @@ impl Activity {
 }
 
 /// Opens the listener of the container's namespace before it is asked for, and lets it go at the end: with the process,
-/// for it keeps the namespace, and the engine may be slow to tell.
-async fn hold_listener(listeners: Arc<Listeners>, pid: u32, end: CancellationToken) {
+/// for it keeps the namespace, and the engine may be slow to tell, or never do. Nor are its credentials renewed any more.
+async fn accompany(listeners: Arc<Listeners>, pid: u32, current: Weak<RwLock<Current>>, end: CancellationToken) {
     // Before the namespace of that process id is looked at.
     let process = netns::process(pid);
-    match listeners.hold(pid).await {
-        Ok(netns) => {
-            tokio::select! {
-                () = end.cancelled() => {}
-                () = netns::end_of(process) => debug!("process {pid} has ended"),
-            }
-            listeners.release(netns);
-        }
+    let netns = listeners.hold(pid).await;
+    if let Err(error) = &netns {
         // Its first connection asks again.
-        Err(error) => warn!("no listener yet in the network namespace of process {pid}: {error:#}"),
+        warn!("no listener yet in the network namespace of process {pid}: {error:#}");
+    }
+    tokio::select! {
+        () = end.cancelled() => {}
+        () = netns::end_of(process) => {
+            debug!("process {pid} has ended");
+            if let Some(current) = current.upgrade() {
+                let mut current = current.write().unwrap_or_else(PoisonError::into_inner);
+                let decision = current.standing.decision.clone();
+                *current = Current { standing: Arc::new(Standing { decision, _hold: None }), ended: true };
+            }
+        }
+    }
+    if let Ok(netns) = netns {
+        listeners.release(netns);
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use bollard::{models::ContainerCreateBody, query_parameters::RenameContainerOptionsBuilder};
 use metadata_proxy_tests::{
-    host::{BUSYBOX, ContainerSpec, Network, SLOW_RUNTIME},
+    host::{BUSYBOX, ContainerSpec, Network, SLOW_RUNTIME, program},
     stage::{Stage, daemon_options, role_arn},
     talk::{Plan, ask},
 };
@@ -99,4 +99,31 @@ async fn a_container_that_is_renamed_while_sts_is_away_keeps_its_credentials() -
     };
     ensure!(own != first.1, "the same credentials");
     stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_of_a_dead_container_are_dropped_although_the_engine_says_that_it_runs() -> Result<()> {
+    let stage = Stage::start().await?;
+    let web = stage.run(ContainerSpec::resident("web").label(ROLE, &role_arn("web"))).await?;
+    let pid = web.pid().await?;
+    let explained = || -> Result<String> {
+        let output = stage.command(program()?).args(["explain", "web"]).output()?;
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let until = async |word: &str| -> Result<()> {
+        let begin = Instant::now();
+        while !explained()?.contains(word) {
+            ensure!(begin.elapsed() < Duration::from_secs(20), "no {word:?} in {}", explained()?);
+            sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    };
+    until("credentials  ASIA").await?;
+    stage.engine().deafen().await?;
+    ensure!(stage.command("kill").args(["-9", &pid.to_string()]).status()?.success(), "kill");
+    until("credentials  none any more: its first process has ended").await?;
+    // The engine has not told.
+    ensure!(web.pid().await? == pid && !stage.daemon.log()?.contains("container stopped"), "{}", stage.daemon.log()?);
+    ensure!(stage.sts.assume_role_calls(&role_arn("web")) == 1, "its role was assumed again");
+    Ok(())
 }

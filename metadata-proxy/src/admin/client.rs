@@ -156,7 +156,8 @@ fn at_length(verdict: Outcome, credentials: &Credentials, now: Timestamp) -> Vec
                 Outcome::Refused => "none: its role is refused",
                 Outcome::Pending => "none yet: AWS has not told whose account the daemon is in, so STS cannot be asked",
                 Outcome::Instance => "the host's own, which the real service gives it and the daemon does not see",
-                Outcome::Role | Outcome::NoRole => "none: the container has no role",
+                Outcome::Role => "none any more: its first process has ended, although the engine says that it runs",
+                Outcome::NoRole => "none: the container has no role",
             };
             vec![why.to_owned()]
         }

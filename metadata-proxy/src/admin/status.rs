@@ -62,7 +62,7 @@ pub(crate) enum Outcome {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "state")]
 pub(crate) enum Credentials {
-    /// None of ours: see the verdict.
+    /// None of ours: see the verdict. With a role: the container has ended unknown to the engine.
     None,
     /// STS has been asked and has not answered yet.
     Pending,
@@ -117,7 +117,11 @@ pub(crate) fn of(workload: &Workload, store: &Store) -> Status {
         role_source: decision.source.clone(),
         session: role.map(|(_, session)| session.session_name.clone()),
         options,
-        credentials: role.map_or(Credentials::None, |(_, session)| credentials(store.state(session))),
+        credentials: match role.map(|(_, session)| credentials(store.state(session))) {
+            // Nobody has asked.
+            Some(Credentials::Pending) if workload.has_ended() => Credentials::None,
+            found => found.unwrap_or(Credentials::None),
+        },
         advice: advice(&decision.verdict).map(str::to_owned),
         requests: seen.requests,
         last_client: seen.last,

@@ -45,7 +45,7 @@ pub struct Engine {
     socket: PathBuf,
     options: HostOptions,
     process: Mutex<Process>,
-    _containerd: Process,
+    containerd: Mutex<Process>,
     machine: Arc<Machine>,
 }
 
@@ -71,7 +71,7 @@ impl Engine {
         let mut process = spawn(&machine, &socket, options)?;
         let docker = answering(&mut process, &socket).await?;
         let docker = docker.negotiate_version().await.context("negotiating the Docker API version")?;
-        Ok(Self { docker, socket, options, process: Mutex::new(process), _containerd: containerd, machine })
+        Ok(Self { docker, socket, options, process: Mutex::new(process), containerd: Mutex::new(containerd), machine })
     }
 
     pub fn docker(&self) -> &Docker {
@@ -86,6 +86,11 @@ impl Engine {
     /// Everything that dockerd has logged.
     pub async fn log(&self) -> Result<String> {
         self.process.lock().await.log()
+    }
+
+    /// From now on dockerd hears of no container's end.
+    pub async fn deafen(&self) -> Result<()> {
+        self.containerd.lock().await.signal(Signal::STOP)
     }
 
     /// Stops dockerd in order, and the containers with it unless it has live-restore.
