@@ -29,7 +29,7 @@ use crate::{
 
 const ROLE: &str = "arn:aws:iam::123456789012:role/team/app-1";
 const CALLER: Caller<'static> =
-    Caller { id: "c0ffee", role: Some("app-1"), refused: false, require_token: false, view: &PLAIN };
+    Caller { id: "c0ffee", role: Some("app-1"), failed: false, require_token: false, view: &PLAIN };
 /// Stands in every document of credentials, and nowhere else.
 pub const SECRET: &str = "SECRET-OF-THE-CONTAINER";
 /// What the real service would list, in whatever directory.

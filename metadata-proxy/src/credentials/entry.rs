@@ -111,10 +111,9 @@ impl Entry {
         SessionState { served, failure: state.failure.clone() }
     }
 
-    pub(super) fn is_refused(&self, wall: Timestamp) -> bool {
+    pub(super) fn has_failed(&self, wall: Timestamp) -> bool {
         let state = self.state.borrow();
-        let refused = matches!(state.failure, Some((Failure::Refused { .. }, _)));
-        refused && !state.cached.as_ref().is_some_and(|cached| cached.valid(wall))
+        state.failure.is_some() && !state.cached.as_ref().is_some_and(|cached| cached.valid(wall))
     }
 
     /// What is served, for an entry that is to have its own as soon as possible.

@@ -124,9 +124,9 @@ impl Store {
         self.look(key).map_or_else(SessionState::default, |entry| entry.show(self.shared.now()))
     }
 
-    /// The same, whether STS refuses the role and nothing is served: asked at each request, so nothing is copied.
-    pub(crate) fn is_refused(&self, key: &RoleSession) -> bool {
-        self.look(key).is_some_and(|entry| entry.is_refused(self.shared.now()))
+    /// The same, whether asking STS has failed and nothing is served: asked at each request, so nothing is copied.
+    pub(crate) fn has_failed(&self, key: &RoleSession) -> bool {
+        self.look(key).is_some_and(|entry| entry.has_failed(self.shared.now()))
     }
 
     fn look(&self, key: &RoleSession) -> Option<Arc<Entry>> {

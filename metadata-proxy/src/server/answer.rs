@@ -43,11 +43,15 @@ impl Server {
         standing: &Standing,
         now: Timestamp,
     ) -> Response<Body> {
-        let refused = standing.role().is_some_and(|(_, session)| self.credentials.is_refused(session));
+        let failed = match standing.role() {
+            Some((_, session)) => self.credentials.has_failed(session),
+            // Its account is not known yet.
+            None => true,
+        };
         let caller = Caller {
             id: &workload.container.id,
             role: standing.role_name(),
-            refused,
+            failed,
             require_token: standing.decision.require_imdsv2,
             view: &standing.decision.view,
         };
@@ -163,7 +167,7 @@ impl Server {
             info!(cgroup = flow.cgroup, pid = flow.pid, path, unsaid, "refused a process of no known container");
         }
         let id = format!("cgroup {}", flow.cgroup);
-        let caller = Caller { id: &id, role: None, refused: false, require_token: self.require_imdsv2, view: &PLAIN };
+        let caller = Caller { id: &id, role: None, failed: false, require_token: self.require_imdsv2, view: &PLAIN };
         match self.imds_of_strangers.route(head, &caller, now).action {
             Action::Reply(answer) => answer,
             Action::Iam(_) | Action::Forward(_) => response::not_found(now),
