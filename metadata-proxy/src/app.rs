@@ -152,10 +152,11 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         credentials: Arc::clone(&credentials),
         known: RwLock::new(Known { settings: config.identity, home: None }),
         exemptions: Arc::clone(&exemptions),
+        lineage: Default::default(),
     });
     let admit = Arc::clone(&workloads);
     let engines = config.engines.into_iter().map(|at| Engine::new(at, config.trust_image_metadata)).collect();
-    let registry = Registry::new(engines, cgroup2, move |container| admit.admit(container));
+    let registry = Registry::new(engines, cgroup2, move |container, before| admit.admit(container, before));
     tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry), Arc::clone(&about)));
     tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry), audit.clone(), fixed, Arc::clone(&about)));
     let (upstream, rest) = match config.upstream {

@@ -7,6 +7,7 @@
 pub(crate) mod cgroup;
 pub(crate) mod docker;
 mod follow;
+mod network;
 mod socket;
 
 use std::{
@@ -22,7 +23,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use futures_util::{StreamExt as _, future, stream::FuturesUnordered};
 use metadata_proxy_common::Flow;
 use tokio::{
@@ -49,8 +50,8 @@ pub(crate) struct Container {
     pub(crate) cgroup: u64,
     /// As whoever started the container has named it.
     pub(crate) image: String,
-    /// `bridge`, `host`, `none`, `container:ID` or the name of a network.
-    pub(crate) network: String,
+    /// `bridge`, `host`, `none`, `container:ID` or the name of a network; several of a Swarm service only.
+    pub(crate) networks: Vec<String>,
     pub(crate) user_namespace: UserNamespace,
     /// What the image has in the same words, so that nobody can tell whether its starter has said it, too; it is not among
     /// the labels and variables below. None: nobody can tell whose any of them are.
@@ -95,13 +96,16 @@ impl UserNamespace {
 
 /// The engine could not be asked, so nothing is known about the asker either way.
 #[derive(Debug, thiserror::Error)]
-#[error("the container engine does not answer: {0:#}")]
+#[error("the container engine does not tell: {0:#}")]
 pub(crate) struct EngineError(anyhow::Error);
+
+/// Of the container, and of what it was before, if anything.
+type Admit<W> = dyn Fn(Container, Option<&W>) -> W + Send + Sync;
 
 pub(crate) struct Registry<W> {
     engines: Vec<Followed>,
     cgroup2: PathBuf,
-    admit: Box<dyn Fn(Container) -> W + Send + Sync>,
+    admit: Box<Admit<W>>,
     entries: RwLock<HashMap<String, Entry<W>>>,
     /// Cgroup id -> container id.
     cgroups: RwLock<HashMap<u64, String>>,
@@ -129,6 +133,13 @@ struct Entry<W> {
     workload: Arc<W>,
 }
 
+/// What an engine says of a container that is not known yet.
+#[derive(PartialEq, Eq)]
+enum Found {
+    Running,
+    Starting,
+}
+
 /// How long a container that the engine is just starting may take to appear. Its first request
 /// waits for it; SDKs give up after a second.
 const STARTING: Duration = Duration::from_millis(900);
@@ -141,7 +152,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
     pub(crate) fn new(
         engines: Vec<Engine>,
         cgroup2: PathBuf,
-        admit: impl Fn(Container) -> W + Send + Sync + 'static,
+        admit: impl Fn(Container, Option<&W>) -> W + Send + Sync + 'static,
     ) -> Arc<Self> {
         let followed = |engine| Followed { engine, in_sight: AtomicBool::default(), last_look: Mutex::default() };
         let engines = engines.into_iter().map(followed).collect();
@@ -196,14 +207,14 @@ impl<W: Send + Sync + 'static> Registry<W> {
         };
         let deadline = Instant::now() + STARTING;
         loop {
-            let starting = self.ask_all(&id).await;
+            let found = self.ask_all(&id).await;
             if let Some(workload) = self.find(flow) {
                 return Ok(Some(workload));
             }
-            if !starting? {
-                return Ok(None);
-            }
+            let Some(found) = found? else { return Ok(None) };
             if Instant::now() >= deadline {
+                // Not a stranger: to be told that there is no role, clients would believe.
+                ensure!(found != Found::Starting, "container {} is still starting there", short(&id));
                 debug!("container {id} does not appear at the engine");
                 return Ok(None);
             }
@@ -211,21 +222,21 @@ impl<W: Send + Sync + 'static> Registry<W> {
         }
     }
 
-    /// Asks the engines at the same time, and waits for no more of them than it takes to find one that has it. Whether the
-    /// container is starting; an error where nobody has it, and one could not be asked.
-    async fn ask_all(&self, id: &str) -> anyhow::Result<bool> {
+    /// Asks the engines at the same time, and waits for no more of them than it takes to find one that has it. An error
+    /// where nobody has it, and one could not be asked.
+    async fn ask_all(&self, id: &str) -> anyhow::Result<Option<Found>> {
         let ask = |engine: usize| async move { (engine, self.engine(engine).inspect(id).await) };
         let mut answers: FuturesUnordered<_> = (0..self.engines.len()).map(ask).collect();
-        let mut result = Ok(false);
+        let mut result = Ok(None);
         while let Some((engine, answer)) = answers.next().await {
             match answer {
                 Ok(Lookup::Running(description)) => {
                     self.admit(engine, *description);
-                    return Ok(true);
+                    return Ok(Some(Found::Running));
                 }
-                Ok(Lookup::Starting) => result = Ok(true),
+                Ok(Lookup::Starting) => result = Ok(Some(Found::Starting)),
                 Ok(Lookup::Unknown) => {}
-                Err(error) if matches!(result, Ok(false)) => result = Err(error),
+                Err(error) if matches!(result, Ok(None)) => result = Err(error),
                 Err(_) => {}
             }
         }
@@ -307,7 +318,9 @@ impl<W: Send + Sync + 'static> Registry<W> {
         drop(contested);
         info!(container = description.name, id = short(&id), engine = source, pid, cgroup, "container started");
         let name = description.name.clone();
-        let workload = Arc::new((self.admit)(description.at(cgroup, user_namespace, source)));
+        let before = entries.get(&id).map(|entry| Arc::clone(&entry.workload));
+        let container = description.at(cgroup, user_namespace, source);
+        let workload = Arc::new((self.admit)(container, before.as_deref()));
         let old = entries.insert(id.clone(), Entry { engine, pid, cgroup, name, complete, workload });
         let mut cgroups = self.write_cgroups();
         if let Some(old) = &old {

@@ -29,7 +29,7 @@ use crate::{
 
 const ROLE: &str = "arn:aws:iam::123456789012:role/team/app-1";
 const CALLER: Caller<'static> =
-    Caller { id: "c0ffee", role: Some("app-1"), refused: false, require_token: false, view: &PLAIN };
+    Caller { id: "c0ffee", role: Some("app-1"), failed: false, require_token: false, view: &PLAIN };
 /// Stands in every document of credentials, and nowhere else.
 pub const SECRET: &str = "SECRET-OF-THE-CONTAINER";
 /// What the real service would list, in whatever directory.
@@ -222,7 +222,7 @@ fn decision(labels: &str, settings: &identity::Settings) -> identity::Decision {
         pid: 1,
         cgroup: 1,
         image: "registry/app:1.2".to_owned(),
-        network: "bridge".to_owned(),
+        networks: vec!["bridge".to_owned()],
         user_namespace: UserNamespace::Host,
         from_image: Some(Given::default()),
         labels: [("metadata-proxy.role".to_owned(), ROLE.to_owned())].into(),

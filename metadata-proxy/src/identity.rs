@@ -1,6 +1,7 @@
 //! From a container's description to the role it is to have, with the reasons. Pure.
 
 mod glob;
+mod lineage;
 mod options;
 mod origin;
 mod role;
@@ -20,6 +21,7 @@ use rules::{Allowance, Effect, EnginePolicy, Rules};
 use source::{Found, Names, OfImage};
 
 pub(crate) use glob::Glob;
+pub(crate) use lineage::Lineage;
 pub(crate) use options::{check_policy_arns, check_tags, duration, policy, seconds, session_tag};
 pub(crate) use role::{Home, INSTANCE, RoleArn, RoleBase, RoleSpec};
 pub(crate) use source::Said;
@@ -241,7 +243,10 @@ impl Case<'_> {
             for source in names.found(container).filter(|found| found.from_image).map(|found| found.source) {
                 reasons.push(match names.of_image {
                     OfImage::Counts => format!("{source} is the image's, too, and counts as far as it takes away"),
-                    _ => format!("{source} comes from the image and does not count (--trust-image-metadata)"),
+                    _ => format!(
+                        "{source} comes from the image, its own or that of an earlier container of its name, and does not count \
+                         (--trust-image-metadata)"
+                    ),
                 });
             }
         }

@@ -35,8 +35,8 @@ pub(crate) struct Caller<'a> {
     pub(crate) id: &'a str,
     /// The bare name of its role: the last component of the ARN's path.
     pub(crate) role: Option<&'a str>,
-    /// STS refuses that role, and nothing is served: until it does not, no listing leads there.
-    pub(crate) refused: bool,
+    /// There are no credentials of that role now, and asking STS has failed: meanwhile no listing leads there.
+    pub(crate) failed: bool,
     /// Whether it has to present a session token (IMDSv2 only).
     pub(crate) require_token: bool,
     /// What it shows and hides of the real service for itself.
@@ -178,7 +178,7 @@ impl Imds {
     fn resolve_iam(&self, rest: &[&str], caller: &Caller<'_>, now: Timestamp) -> Option<Action> {
         let role = caller.role?;
         match rest {
-            [] if caller.refused => None,
+            [] if caller.failed => None,
             [] => Some(self.document(listing::IAM, now)),
             ["info"] => Some(Action::Iam(IamRequest::Info)),
             ["security-credentials"] => Some(Action::Iam(IamRequest::RoleList)),
@@ -195,7 +195,7 @@ impl Imds {
         caller: &Caller<'_>,
         now: Timestamp,
     ) -> Option<Action> {
-        let has_role = caller.role.is_some() && !caller.refused;
+        let has_role = caller.role.is_some() && !caller.failed;
         let access = match &self.rest {
             Rest::Real(policy) => policy.access(rest, caller.view),
             Rest::Nothing => Access::Denied,

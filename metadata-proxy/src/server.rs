@@ -27,6 +27,7 @@ use crate::{
     audit::Audit,
     containers::Registry,
     credentials::Store,
+    identity::Verdict,
     imds::{Imds, response},
     listeners::Connection,
     log_limit::{Line, LogLimit},
@@ -142,8 +143,8 @@ impl Server {
     }
 
     async fn answer(&self, request: Request<Incoming>, peer: &Peer) -> Response<Body> {
-        // The body means nothing on any path; what is left unread of it closes the connection.
-        let (head, _body) = request.into_parts();
+        // To us the body means nothing on any path; what is left unread of it closes the connection.
+        let (head, body) = request.into_parts();
         let now = Timestamp::now();
         let flow = &peer.flow;
         // For each request: a connection may outlive its container, or what has been decided about it.
@@ -152,7 +153,12 @@ impl Server {
                 let user_agent = head.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()).map(str::to_owned);
                 let Flow { pid, cgroup, .. } = *flow;
                 workload.activity.saw(Client { time: now, user_agent, address: peer.address, pid, cgroup });
-                ("container", self.answer_container(&head, &workload, now).await)
+                let standing = workload.standing();
+                let answer = match standing.decision.verdict {
+                    Verdict::Instance => self.pass(Request::from_parts(head.clone(), body), now).await,
+                    _ => self.answer_container(&head, &workload, &standing, now).await,
+                };
+                ("container", answer)
             }
             Ok(None) => ("stranger", self.answer_stranger(&head, flow, now).map(Body::from)),
             Err(error) => ("unresolved", self.unknown_for_now(flow, &error, now).map(Body::from)),

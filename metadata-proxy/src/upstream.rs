@@ -4,6 +4,7 @@
 //! but status, type and body comes back.
 
 mod constant;
+mod direct;
 mod pool;
 mod relay;
 mod slots;
@@ -23,6 +24,7 @@ use tokio::{
 use tracing::debug;
 
 use constant::Constants;
+pub(crate) use direct::pass;
 use pool::{Exchange, Pool};
 pub(crate) use relay::{Cut, Payload};
 use slots::{Slot, Slots};

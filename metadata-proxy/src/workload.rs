@@ -15,7 +15,7 @@ use crate::{
     containers::Container,
     credentials::{Hold, RoleSession, Store},
     exemptions::Exemptions,
-    identity::{self, Decision, Home, RoleArn, Settings, Verdict},
+    identity::{self, Decision, Home, Lineage, RoleArn, Settings, Verdict},
     interceptor::Interceptor,
     listeners::Listeners,
     log_limit::LogLimit,
@@ -29,6 +29,7 @@ pub(crate) struct Workloads {
     pub(crate) known: RwLock<Known>,
     /// Cgroups that keep the real service: a container's may be among them, and our own is.
     pub(crate) exemptions: Arc<Exemptions>,
+    pub(crate) lineage: Mutex<Lineage>,
 }
 
 /// What decisions are made from, beside the container.
@@ -80,8 +81,11 @@ impl Workload {
 }
 
 impl Workloads {
-    pub(crate) fn admit(&self, container: Container) -> Workload {
-        let standing = RwLock::new(Arc::new(self.enact(&container, self.decide(&container))));
+    /// `before` is the same container, which may have been renamed.
+    pub(crate) fn admit(&self, mut container: Container, before: Option<&Workload>) -> Workload {
+        self.lineage.lock().unwrap_or_else(PoisonError::into_inner).trace(&mut container);
+        let before = before.map(Workload::standing);
+        let standing = RwLock::new(Arc::new(self.enact(&container, self.decide(&container), before.as_deref())));
         let listener = CancellationToken::new();
         tokio::spawn(hold_listener(Arc::clone(&self.listeners), container.pid, listener.clone()));
         let (activity, log) = Default::default();
@@ -95,7 +99,7 @@ impl Workloads {
         let mut standing = workload.standing.write().unwrap_or_else(PoisonError::into_inner);
         let decision = self.decide(container);
         if decision != standing.decision {
-            *standing = Arc::new(self.enact(container, decision));
+            *standing = Arc::new(self.enact(container, decision, Some(&standing)));
         }
     }
 
@@ -119,7 +123,7 @@ impl Workloads {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enact(&self, container: &Container, decision: Decision) -> Standing {
+    fn enact(&self, container: &Container, decision: Decision, before: Option<&Standing>) -> Standing {
         let marked = match decision.verdict {
             Verdict::Instance => self.interceptor.give_instance(container.cgroup),
             _ => self.interceptor.add_container(container.cgroup),
@@ -129,7 +133,10 @@ impl Workloads {
         }
         report(&container.name, &decision);
         let hold = match &decision.verdict {
-            Verdict::Role { session, .. } => Some(self.credentials.hold(session.clone())),
+            Verdict::Role { session, .. } => {
+                let before = before.and_then(Standing::role).map(|(_, session)| session);
+                Some(self.credentials.hold_after(session.clone(), before))
+            }
             _ => None,
         };
         Standing { decision, _hold: hold }

@@ -19,7 +19,7 @@ use bollard::{Docker, models::NetworkCreateRequest};
 pub use self::{
     container::{Container, ContainerSpec, Finished, Network},
     daemon::{Daemon, DaemonOptions, program},
-    engine::Engine,
+    engine::{Engine, SLOW_RUNTIME},
     image::{BUSYBOX, HOST},
     machine::{METADATA_V4, METADATA_V6, Machine},
 };

@@ -1,6 +1,7 @@
 //! What images have in the same words as their containers: restrictions hold whoever has brought them.
 
 use anyhow::{Context as _, Result, ensure};
+use bollard::query_parameters::InspectContainerOptions;
 use metadata_proxy_tests::{
     host::{Container, ContainerSpec, TestHost},
     stage::{Stage, commit, daemon_options, image_with, of_image, role_arn, with_config},
@@ -116,5 +117,52 @@ async fn an_image_that_compose_has_built_is_of_its_project_when_compose_starts_i
         call.parameters.get("Tags.member.1.Value").map(String::as_str)
     };
     ensure!((tag("shop"), tag("other")) == (Some("shop"), Some("")), "{calls:#?}");
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_updater_does_not_give_a_container_the_role_that_an_old_image_names() -> Result<()> {
+    let stage = Stage::start().await?;
+    let admin = role_arn("admin");
+    let old = image_with(&stage, "mp/app:1", &format!("ENV IAM_ROLE={admin}\nENV VERSION=1")).await?;
+    let new = image_with(&stage, "mp/app:2", "ENV VERSION=2").await?;
+    let before = stage.run(of_image(&old, "app")).await?;
+    assert_role(&stage, &before, "404").await?;
+    // As Portainer recreates it: the old one's configuration as the engine shows it, and the new image.
+    let shown = stage.docker().inspect_container(before.id(), None::<InspectContainerOptions>).await?;
+    let shown = shown.config.and_then(|config| config.env).context("no environment")?;
+    ensure!(shown.contains(&format!("IAM_ROLE={admin}")), "{shown:?}");
+    before.remove().await?;
+    let spec = shown.iter().filter_map(|variable| variable.split_once('='));
+    let spec = spec.fold(of_image(&new, "app"), |spec, (name, value)| spec.env(name, value));
+    let after = stage.run(spec).await?;
+    assert_role(&stage, &after, "404").await?;
+    ensure!(stage.sts.assume_role_calls(&admin) == 0, "the old image's role was assumed");
+    // Who says it by a label has said it.
+    after.remove().await?;
+    let told = stage.run(of_image(&new, "app").label(ROLE, &role_arn("web"))).await?;
+    assert_role(&stage, &told, "web").await?;
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_names_no_architecture_is_as_any_other() -> Result<()> {
+    // As some tools build them.
+    const STRIP: &str = "set -e; mkdir \"$1\"; cd \"$1\"; docker save mp/base | tar -x; \
+        sed -i 's/\"architecture\":\"[a-z0-9]*\",//' *.json; sed -i 's#mp/base#mp/unnamed#' manifest.json; \
+        rm -f repositories; tar -c * | docker load; docker image inspect --format '[{{.Architecture}}]' mp/unnamed";
+    let stage = Stage::start().await?;
+    let admin = role_arn("admin");
+    image_with(&stage, "mp/base", &format!("ENV IAM_ROLE={admin}")).await?;
+    let mut command = stage.command("sh");
+    command.env("DOCKER_HOST", format!("unix://{}", stage.engine().socket().display()));
+    let output = command.args(["-c", STRIP, "sh"]).arg(stage.directory().join("image")).output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success() && said.trim_end().ends_with("[]"), "{said}{output:?}");
+    let web = stage.run(of_image("mp/unnamed", "web").label(ROLE, &role_arn("web"))).await?;
+    assert_role(&stage, &web, "web").await?;
+    let silent = stage.run(of_image("mp/unnamed", "silent")).await?;
+    assert_role(&stage, &silent, "404").await?;
+    ensure!(stage.sts.assume_role_calls(&admin) == 0, "the image's role was assumed");
     stage.assert_no_leak()
 }

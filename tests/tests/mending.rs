@@ -45,16 +45,16 @@ async fn whatever_is_left_of_the_pins_the_next_daemon_mends() -> Result<()> {
     each_has_its_role(&stage, &containers, "the first start").await?;
     for left in [
         // A start that was cut short before its last links, or a detach after its first.
-        "rm v2/links-*/imds_connect6 v2/links-*/imds_connect4",
-        "rm v2/links-*/imds_getpeername* v2/links-*/imds_sock_ops",
-        "rm v2/links-*/imds_cgroup_made",
-        "rm v2/links-*/*",
+        "rm v3/links-*/imds_connect6 v3/links-*/imds_connect4",
+        "rm v3/links-*/imds_getpeername* v3/links-*/imds_sock_ops",
+        "rm v3/links-*/imds_cgroup_made",
+        "rm v3/links-*/*",
         // Maps that a detach has removed and others that it has not.
-        "rm v2/maps/FLOWS v2/maps/CLIENTS",
-        "rm v2/links-*/* v2/maps/*",
+        "rm v3/maps/FLOWS v3/maps/CLIENTS",
+        "rm v3/links-*/* v3/maps/*",
         // Directories and nothing in them; nothing at all.
-        "rm v2/links-*/* v2/maps/*; rmdir v2/links-* v2/maps",
-        "rm -r v2",
+        "rm v3/links-*/* v3/maps/*; rmdir v3/links-* v3/maps",
+        "rm -r v3",
     ] {
         stage.daemon.kill().await?;
         shell(&stage, &format!("cd {PINS}; {left}"))?;

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::{Container, ContainerSpec, HostOptions, TestHost, program},
+    host::{Container, ContainerSpec, HostOptions, Network, TestHost, program},
     imds::HOST_ROLE,
     stage::{Stage, config_file, daemon_options, with_config},
     sts::Fault,
@@ -191,7 +191,7 @@ async fn the_first_rule_that_matches_decides() -> Result<()> {
         assert_role(&ruled.idle(name, labels).await?, expected).await?;
     }
     let spec = ContainerSpec::resident("agent").label(ROLE_LABEL, "agent");
-    let agent = ruled.stage.run(spec.network(metadata_proxy_tests::host::Network::Host)).await?;
+    let agent = ruled.stage.run(spec.network(Network::Host)).await?;
     assert_role(&agent, "agent").await?;
     let log = ruled.stage.daemon.log()?;
     for words in
@@ -208,17 +208,42 @@ async fn the_hosts_own_role_is_had_by_those_whom_a_rule_allows_it_and_no_longer(
     const ALLOWED: &str = "[[rule]]\nname = 'agent'\nallow = ['@instance']\n";
     let mut ruled = Ruled::start(ALLOWED).await?;
     let agent = ruled.idle("agent", &[(ROLE_LABEL, "@instance")]).await?;
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while role(&agent).await? != HOST_ROLE {
-        ensure!(Instant::now() < deadline, "the agent does not get the host's role");
-        sleep(Duration::from_millis(50)).await;
-    }
+    assert_role(&agent, HOST_ROLE).await?;
     let other = ruled.idle("other", &[(ROLE_LABEL, "@instance")]).await?;
     assert_role(&other, "404").await?;
     ruled.reload("[[rule]]\nname = 'agent'\ndeny = true\n", "reloaded").await?;
     assert_role(&agent, "404").await?;
     ruled.reload(ALLOWED, "reloaded").await?;
     assert_role(&agent, HOST_ROLE).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_request_of_a_container_with_the_real_service_is_answered_by_that() -> Result<()> {
+    // By a tool that asks once: the first connection of a container that the daemon does not know yet.
+    const ONCE: &str = "curl -sS --max-time 20 -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' -w ' %{http_code}' \
+        http://169.254.169.254/latest/api/token; \
+        curl -sS --max-time 20 -w ' %{http_code}' http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+    const ALLOWED: &str = "[[rule]]\nname = 'agent-*'\nallow = ['@instance']\n\n[exempt]\ncontainers = ['exempt']\n";
+    let mut ruled = Ruled::start(ALLOWED).await?;
+    for (number, network) in [Network::Default, Network::Host, Network::Default, Network::Host].into_iter().enumerate()
+    {
+        let name = if number == 3 { "exempt".to_owned() } else { format!("agent-{number}") };
+        let spec = ContainerSpec::on_host(&name, ["/usr/bin/sh", "-c", ONCE]).label(ROLE_LABEL, "@instance");
+        let said = ruled.stage.run(spec.network(network)).await?.wait().await?.success()?;
+        ensure!(said.contains(" 200") && said.ends_with(&format!("{HOST_ROLE} 200")), "{name}: {said:?}");
+    }
+    // One whose connection is older than what a rule allows.
+    ruled.reload("[[rule]]\nname = '*'\ndeny = true\n", "reloaded").await?;
+    let spec = ContainerSpec::on_host("agent-old", ["/usr/bin/python3", "-c", ONE_CONNECTION]);
+    let old = ruled.stage.run(spec.label(ROLE_LABEL, "@instance")).await?;
+    told(&old, &["404"]).await?;
+    ruled.reload(ALLOWED, "reloaded").await?;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !old.output().await?.0.contains(HOST_ROLE) {
+        ensure!(Instant::now() < deadline, "{:?}", old.output().await?);
+        sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
 }
 
 /// Asks for the role list over one connection that it never opens again, and writes down what changes.
@@ -310,4 +335,69 @@ async fn check_names_what_is_wrong_in_a_file() -> Result<()> {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(said.contains("3 rules"), "{said}");
     Ok(())
+}
+
+/// As `docker network ls` shows it.
+async fn network_id(stage: &Stage, name: &str) -> Result<String> {
+    stage.docker().inspect_network(name, None).await?.id.context("a network without an id")
+}
+
+const BY_NETWORK: &str = "[[rule]]\nnetwork = 'untrusted'\ndeny = true\n\n[[rule]]\nnetwork = 'shop'\nallow = ['shop']\n\n\
+     [[rule]]\nname = '*'\nallow = ['web']\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_match_a_network_by_its_name_also_where_its_id_was_given() -> Result<()> {
+    let ruled = Ruled::start(BY_NETWORK).await?;
+    for (network, role, other) in [("untrusted", "404", "404"), ("shop", "shop", "404")] {
+        ruled.stage.create_network(network, false).await?;
+        let id = network_id(&ruled.stage, network).await?;
+        for (at, given) in [network, &id, &id[..12]].into_iter().enumerate() {
+            for (asked, expected) in [("shop", role), ("web", other)] {
+                let spec = ContainerSpec::resident(&format!("{network}-{at}-{asked}")).label(ROLE_LABEL, asked);
+                let container = ruled.stage.run(spec.network(Network::Named(given.to_owned()))).await?;
+                assert_role(&container, expected).await?;
+            }
+        }
+    }
+    ruled.stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_of_swarm_is_on_the_networks_of_its_service() -> Result<()> {
+    let ruled = Ruled::start(BY_NETWORK).await?;
+    let host = format!("unix://{}", ruled.stage.engine().socket().display());
+    let docker = async |arguments: &str| -> Result<String> {
+        let mut command = ruled.stage.command("docker");
+        let output = command.env("DOCKER_HOST", &host).args(arguments.split(' ')).output()?;
+        ensure!(output.status.success(), "docker {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    };
+    docker("swarm init --advertise-addr 127.0.0.1").await?;
+    for network in ["untrusted", "shop", "third"] {
+        docker(&format!("network create --driver overlay {network}")).await?;
+    }
+    for (service, networks, asked, expected) in [
+        ("denied", "--network untrusted", "web", "404"),
+        ("both", "--network untrusted --network shop", "shop", "404"),
+        ("shop", "--network shop", "shop", "shop"),
+        ("partly", "--network shop --network third", "shop", "404"),
+        ("other", "--network third", "web", "web"),
+    ] {
+        docker(&format!(
+            "service create --quiet --detach --name {service} {networks} --container-label {ROLE_LABEL}={asked} \
+             --mount type=bind,src=/usr,dst=/usr,ro mp/host /usr/bin/sleep 600"
+        ))
+        .await?;
+        let begin = Instant::now();
+        let name = loop {
+            let name = docker(&format!("ps --filter name={service}.1 --format {{{{.Names}}}}")).await?;
+            if !name.is_empty() {
+                break name;
+            }
+            ensure!(begin.elapsed() < Duration::from_secs(60), "{service}: {}", docker("service ps web").await?);
+            sleep(Duration::from_millis(100)).await;
+        };
+        assert_role(&Container::find(ruled.stage.docker(), &name).await?, expected).await?;
+    }
+    ruled.stage.assert_no_leak()
 }

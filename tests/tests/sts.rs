@@ -9,6 +9,7 @@ use metadata_proxy_tests::{
     imds::HOST_IDENTITY,
     stage::{STS_ENDPOINT, Stage, daemon_options, role_arn, start_imds, start_sts},
     sts::{BASE_IDENTITY, BASE_SECRET_KEY, Call, Fault, Outcome},
+    talk::{self, Plan},
 };
 use tokio::time::sleep;
 
@@ -101,11 +102,17 @@ async fn while_sts_is_down_the_role_list_says_503_at_once_and_afterwards_all_is_
         // The SDK's own second attempt comes after up to a second.
         ensure!(answer.took < Duration::from_secs(3), "{path:?}: {answer:?}");
     }
+    // Crawlers such as cloud-init give up at the first thing that is listed and not to be had.
+    let listed = ["/latest/meta-data/", "/latest/meta-data/iam/"].map(Plan::get);
+    let answers = talk::ask(&container, &listed).await?;
+    ensure!(answers[0].status == 200 && !answers[0].body.contains("iam") && answers[1].status == 404, "{answers:?}");
     stage.sts.listen_again()?;
     let answer = ask_until(&container, "", 200, SOON).await?;
     ensure!(answer.body == "patient", "{answer:?}");
     let key = ask(&container, "patient").await?.access_key()?;
     ensure!(stage.role_of(&key).as_deref() == Some("patient"), "{key} is not the role's");
+    let answers = talk::ask(&container, &listed).await?;
+    ensure!(answers[0].body.contains("iam/") && answers[1].status == 200, "{answers:?}");
     stage.assert_no_leak()
 }
 

@@ -105,7 +105,7 @@ pub(crate) fn of(workload: &Workload, store: &Store) -> Status {
         cgroup: container.cgroup,
         cgroup_path: cgroup::path_of(container.pid).ok(),
         pid: container.pid,
-        network: container.network.clone(),
+        network: container.networks.join(", "),
         network_namespace: fs::read_link(format!("/proc/{}/ns/net", container.pid)).ok(),
         user_namespace: container.user_namespace,
         sources: identity::sources(container),

@@ -20,7 +20,7 @@ use tokio::sync::OnceCell;
 use tracing::{info, warn};
 
 use super::{
-    Container, Given, UserNamespace,
+    Container, Given, UserNamespace, network,
     socket::{self, Owner},
 };
 
@@ -76,7 +76,7 @@ pub(crate) struct Description {
     image_id: String,
     /// Where an image is one of several architectures, that of the container.
     architecture: Option<String>,
-    network: String,
+    networks: Vec<String>,
     /// Whether it is to have a user namespace of its own.
     pub(super) remapped: bool,
     /// The user whose engine it is; None: root's.
@@ -114,7 +114,7 @@ fn take_out(own: &mut HashMap<String, String>, image: &HashMap<String, String>) 
 
 impl Description {
     pub(super) fn at(self, cgroup: u64, user_namespace: UserNamespace, engine: &str) -> Container {
-        let Self { id, name, pid, image, network, from_image, given, of_user, .. } = self;
+        let Self { id, name, pid, image, networks, from_image, given, of_user, .. } = self;
         let Given { labels, env, repeated } = given;
         let engine = engine.to_owned();
         Container {
@@ -125,7 +125,7 @@ impl Description {
             pid,
             cgroup,
             image,
-            network,
+            networks,
             user_namespace,
             from_image,
             labels,
@@ -279,7 +279,8 @@ impl Engine {
             Err(error) => return Err(error).context("cannot inspect an image"),
         };
         let Some(settings) = settings.map(Arc::new) else {
-            warn!("the engine does not tell what is in image {id}, of which it has no part for {architecture:?}");
+            let part = architecture.map(|name| format!("'s part for {name:?}")).unwrap_or_default();
+            warn!("the engine does not tell what is in image {id}{part}");
             return Ok(None);
         };
         let mut images = images();
@@ -342,7 +343,10 @@ fn lookup(response: ContainerInspectResponse) -> Lookup {
     let config = response.config.unwrap_or_default();
     let name = response.name.unwrap_or_default();
     let host = response.host_config.unwrap_or_default();
-    let network = host.network_mode.unwrap_or_default();
+    let connected = response.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
+    let connected = connected.into_iter().map(|(name, network)| (name, network.network_id.unwrap_or_default()));
+    let given = Given::new(config.labels, config.env);
+    let mode = host.network_mode.unwrap_or_default();
     let platform = response.image_manifest_descriptor.and_then(|manifest| manifest.platform);
     Lookup::Running(Box::new(Description {
         name: name.trim_start_matches('/').to_owned(),
@@ -353,20 +357,23 @@ fn lookup(response: ContainerInspectResponse) -> Lookup {
         architecture: platform.and_then(|platform| platform.architecture),
         remapped: host.userns_mode.as_deref() != Some("host"),
         of_user: None,
-        // Two names of the same, depending on the client that created the container.
-        network: if network == "default" { "bridge".to_owned() } else { network },
+        networks: network::names(mode, &given.labels, &connected.collect()),
         from_image: None,
-        given: Given::new(config.labels, config.env),
+        given,
     }))
 }
 
 /// What an image brings; None if that is not told, or of another part than the container's. With the containerd image
 /// store an engine answers without a configuration, or with an empty one, where it has nothing of an image for its own
-/// platform, and a container can be of another than it shows.
+/// platform, and a container can be of another than it shows. An image may name no architecture; of one of which something
+/// is told, the layers are.
 fn settings_of(image: ImageInspect, architecture: Option<&String>) -> Option<Given> {
-    let shown = image.architecture.filter(|architecture| !architecture.is_empty())?;
+    let shown = image.architecture.unwrap_or_default();
     let config = image.config?;
-    architecture.is_none_or(|architecture| *architecture == shown).then(|| Given::new(config.labels, config.env))
+    let layers = image.root_fs.and_then(|root| root.layers).unwrap_or_default();
+    let told = !shown.is_empty() || !layers.is_empty();
+    let same = architecture.is_none_or(|architecture| *architecture == shown);
+    (told && same).then(|| Given::new(config.labels, config.env))
 }
 
 fn pair(variable: &str) -> Option<(String, String)> {
@@ -376,7 +383,7 @@ fn pair(variable: &str) -> Option<(String, String)> {
 
 #[cfg(test)]
 mod tests {
-    use bollard::models::{ContainerConfig, ContainerState, EventActor, HostConfig, ImageConfig};
+    use bollard::models::{ContainerConfig, ContainerState, EventActor, HostConfig, ImageConfig, ImageInspectRootFs};
 
     use super::*;
 
@@ -456,6 +463,11 @@ mod tests {
         assert!(settings_of(image("amd64", None), None).is_none());
         assert!(settings_of(image("", Some(ImageConfig::default())), None).is_none());
         assert!(settings_of(ImageInspect { config: config(), ..Default::default() }, None).is_none());
+        // One that names no architecture, and is there.
+        let layers = ImageInspectRootFs { layers: Some(vec!["sha256:0".into()]), ..Default::default() };
+        let unnamed = || ImageInspect { root_fs: Some(layers.clone()), ..image("", config()) };
+        assert_eq!(settings_of(unnamed(), None).unwrap().labels, role());
+        assert!(settings_of(unnamed(), Some(&own)).is_none());
     }
 
     #[test]

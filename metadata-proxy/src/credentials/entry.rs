@@ -63,8 +63,8 @@ enum Glance {
 }
 
 impl Entry {
-    pub(super) fn new(key: RoleSession, retired: CancellationToken) -> Self {
-        let state = State { cached: None, phase: Phase::Fetching, failure: None };
+    pub(super) fn new(key: RoleSession, cached: Option<Cached>, retired: CancellationToken) -> Self {
+        let state = State { cached, phase: Phase::Fetching, failure: None };
         Self { key, state: watch::Sender::new(state), retired }
     }
 
@@ -111,10 +111,14 @@ impl Entry {
         SessionState { served, failure: state.failure.clone() }
     }
 
-    pub(super) fn is_refused(&self, wall: Timestamp) -> bool {
+    pub(super) fn has_failed(&self, wall: Timestamp) -> bool {
         let state = self.state.borrow();
-        let refused = matches!(state.failure, Some((Failure::Refused { .. }, _)));
-        refused && !state.cached.as_ref().is_some_and(|cached| cached.valid(wall))
+        state.failure.is_some() && !state.cached.as_ref().is_some_and(|cached| cached.valid(wall))
+    }
+
+    /// What is served, for an entry that is to have its own as soon as possible.
+    pub(super) fn inheritance(&self) -> Option<Cached> {
+        self.state.borrow().cached.clone()
     }
 
     /// Fetch ahead for somebody who will ask later.

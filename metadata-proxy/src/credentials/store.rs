@@ -8,7 +8,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use super::entry::Entry;
+use super::entry::{Cached, Entry};
 use super::turns::{Limits, Turns};
 use super::{Clock, Credentials, Failure, RoleSession, SessionState, Sts, keeper};
 
@@ -85,7 +85,7 @@ impl Store {
     pub(crate) async fn get(&self, key: &RoleSession) -> Result<Arc<Credentials>, Failure> {
         let ask = async {
             loop {
-                let entry = self.shared.entry(key, 0);
+                let entry = self.shared.entry(key, 0, None);
                 // An entry may be closed between finding it and asking it; it has left the map by then.
                 if let Some(answer) = entry.answer(|| self.shared.now()).await {
                     return answer;
@@ -101,9 +101,19 @@ impl Store {
         })
     }
 
-    /// Fetches ahead and keeps renewed until the last hold of this key is dropped; then the credentials are wiped.
+    #[cfg(test)]
     pub(crate) fn hold(&self, key: RoleSession) -> Hold {
-        self.shared.entry(&key, 1).nudge(self.shared.now());
+        self.hold_after(key, None)
+    }
+
+    /// Fetches ahead and keeps renewed until the last hold of this key is dropped; then the credentials are wiped. For who had
+    /// another key before that differs by its name only, its credentials, which can do the same, are served until there are
+    /// new ones.
+    pub(crate) fn hold_after(&self, key: RoleSession, before: Option<&RoleSession>) -> Hold {
+        let renamed =
+            |before: &&RoleSession| RoleSession { session_name: key.session_name.clone(), ..(*before).clone() } == key;
+        let inherited = before.filter(renamed).and_then(|before| self.look(before)?.inheritance());
+        self.shared.entry(&key, 1, inherited).nudge(self.shared.now());
         Hold { shared: Arc::clone(&self.shared), key }
     }
 }
@@ -114,9 +124,9 @@ impl Store {
         self.look(key).map_or_else(SessionState::default, |entry| entry.show(self.shared.now()))
     }
 
-    /// The same, whether STS refuses the role and nothing is served: asked at each request, so nothing is copied.
-    pub(crate) fn is_refused(&self, key: &RoleSession) -> bool {
-        self.look(key).is_some_and(|entry| entry.is_refused(self.shared.now()))
+    /// The same, whether asking STS has failed and nothing is served: asked at each request, so nothing is copied.
+    pub(crate) fn has_failed(&self, key: &RoleSession) -> bool {
+        self.look(key).is_some_and(|entry| entry.has_failed(self.shared.now()))
     }
 
     fn look(&self, key: &RoleSession) -> Option<Arc<Entry>> {
@@ -170,14 +180,14 @@ impl Shared {
     }
 
     /// The entry of a key, made and given its keeper if there is none.
-    fn entry(self: &Arc<Self>, key: &RoleSession, holds: usize) -> Arc<Entry> {
+    fn entry(self: &Arc<Self>, key: &RoleSession, holds: usize, inherited: Option<Cached>) -> Arc<Entry> {
         let mut slots = self.slots();
         if let Some(slot) = slots.get_mut(key) {
             slot.holds += holds;
             slot.released &= slot.holds == 0;
             return Arc::clone(&slot.entry);
         }
-        let entry = Arc::new(Entry::new(key.clone(), self.stop.child_token()));
+        let entry = Arc::new(Entry::new(key.clone(), inherited, self.stop.child_token()));
         slots.insert(key.clone(), Slot { entry: Arc::clone(&entry), holds, released: false });
         self.runtime.spawn(keeper::keep(Arc::clone(self), Arc::clone(&entry)));
         entry

@@ -119,22 +119,41 @@ impl fmt::Display for Rule {
     }
 }
 
+/// What of a container a rule is held against.
+#[derive(Debug, Clone, Copy)]
+enum Reading {
+    /// What its starter has said, and all of its networks.
+    Sure,
+    /// What its starter may have said, too, and any of its networks.
+    Unclear,
+    /// All that is there, whoever has said it.
+    Anybodys,
+}
+
+impl Reading {
+    fn label<'a>(self, container: &'a Container, name: &str) -> Option<&'a str> {
+        let further = || match self {
+            Self::Sure => None,
+            Self::Unclear => origin::unclear_label(container, name),
+            Self::Anybodys => origin::image_label(container, name),
+        };
+        origin::label(container, name).or_else(further)
+    }
+}
+
 impl Rules {
     /// The rule for a container: an error if it gets nothing, None if everything is allowed.
-    pub(super) fn find<'a>(&self, container: &'a Container) -> Result<Option<&Rule>, String> {
+    pub(super) fn find(&self, container: &Container) -> Result<Option<&Rule>, String> {
         for rule in &self.rules {
-            let with = |further: fn(&'a Container, &str) -> Option<&'a str>| {
-                rule.matching.covers(container, |container, name| {
-                    origin::label(container, name).or_else(|| further(container, name))
-                })
-            };
+            let matches = |reading| rule.matching.covers(container, reading);
             match rule.effect {
-                _ if with(|_, _| None) => return Ok(Some(rule)),
-                // Whoever has said it.
-                Effect::Deny if with(origin::image_label) => return Ok(Some(rule)),
+                _ if matches(Reading::Sure) => return Ok(Some(rule)),
+                Effect::Deny if matches(Reading::Anybodys) => return Ok(Some(rule)),
                 // It may grant more than those behind it, or less.
-                Effect::Allow(_) if with(origin::unclear_label) => {
-                    return Err(format!("{rule} matches by a label that is the image's, too: {UNCLEAR}"));
+                Effect::Allow(_) if matches(Reading::Unclear) => {
+                    return Err(format!(
+                        "{rule} matches in part: by one of several networks, or by a label that is the image's, too, so that {UNCLEAR}"
+                    ));
                 }
                 _ => {}
             }
@@ -147,15 +166,22 @@ impl Rules {
 }
 
 impl Matching {
-    fn covers<'a>(&self, container: &'a Container, label: impl Fn(&'a Container, &str) -> Option<&'a str>) -> bool {
-        let label = |name: &str| label(container, name);
+    fn covers(&self, container: &Container, reading: Reading) -> bool {
+        let label = |name: &str| reading.label(container, name);
+        let on = |glob: &Glob| {
+            let mut networks = container.networks.iter();
+            match reading {
+                Reading::Sure => networks.all(|network| glob.matches(network)),
+                Reading::Unclear | Reading::Anybodys => networks.any(|network| glob.matches(network)),
+            }
+        };
         let fits = |glob: &Option<Glob>, value: Option<&str>| {
             glob.as_ref().is_none_or(|glob| value.is_some_and(|value| glob.matches(value)))
         };
         fits(&self.name, Some(&container.name))
             && fits(&self.image, Some(&container.image))
-            && fits(&self.network, Some(&container.network))
             && fits(&self.engine, Some(&container.engine))
+            && self.network.as_ref().is_none_or(on)
             && self.user_namespace.is_none_or(|namespace| namespace == container.user_namespace)
             && fits(&self.compose_project, label("com.docker.compose.project"))
             && fits(&self.ecs_cluster, label("com.amazonaws.ecs.cluster"))
@@ -232,7 +258,7 @@ mod tests {
             user_namespace: Some(UserNamespace::Host),
             engine: glob("d*"),
         };
-        assert!(matching().covers(&container, origin::label) && Matching::default().covers(&container, origin::label));
+        assert!(matching().covers(&container, Reading::Sure) && Matching::default().covers(&container, Reading::Sure));
         for wrong in [
             Matching { label: BTreeMap::from([("other".to_owned(), Glob("*".into()))]), ..matching() },
             Matching { name: glob("job-*"), ..matching() },
@@ -244,8 +270,26 @@ mod tests {
             Matching { user_namespace: Some(UserNamespace::Own), ..matching() },
             Matching { engine: glob("podman"), ..matching() },
         ] {
-            assert!(!wrong.covers(&container, origin::label), "{wrong:?}");
+            assert!(!wrong.covers(&container, Reading::Sure), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn a_container_on_several_networks_is_denied_by_one_and_allowed_by_all() {
+        let mut container = container("web", &[], &[]);
+        container.networks = vec!["untrusted".into(), "shop".into()];
+        let found = |first: &str, effect: Effect| {
+            let rule =
+                Rule { place: "1".into(), matching: Matching { network: glob(first), ..Matching::default() }, effect };
+            let all = Rule { place: "2".into(), matching: Matching::default(), effect: Effect::Allow(Box::default()) };
+            let rules = Rules { rules: vec![rule, all], unmatched_allowed: false };
+            rules.find(&container).map(|rule| rule.unwrap().place.clone())
+        };
+        let allow = || Effect::Allow(Box::default());
+        assert_eq!(found("untrusted", Effect::Deny).as_deref(), Ok("1"));
+        assert!(found("shop", allow()).unwrap_err().contains("by one of several networks"));
+        assert_eq!(found("*", allow()).as_deref(), Ok("1"));
+        assert_eq!(found("bridge", allow()).as_deref(), Ok("2"));
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub(crate) fn container(name: &str, labels: &[(&str, &str)], env: &[(&str, &str)
         pid: 1,
         cgroup: 1,
         image: "registry/app:1.2".to_owned(),
-        network: "bridge".to_owned(),
+        networks: vec!["bridge".to_owned()],
         user_namespace: UserNamespace::Host,
         from_image: Some(Given::default()),
         labels: map(labels),

@@ -9,7 +9,7 @@ const TTL: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 const TOKEN: &str = "x-aws-ec2-metadata-token";
 
 const CALLER: Caller<'static> =
-    Caller { id: "c0ffee", role: Some("app-1"), refused: false, require_token: false, view: &PLAIN };
+    Caller { id: "c0ffee", role: Some("app-1"), failed: false, require_token: false, view: &PLAIN };
 
 const NO_ROLE: Caller<'static> = Caller { role: None, ..CALLER };
 
@@ -393,8 +393,8 @@ fn what_the_operator_or_the_caller_hides_of_a_simulated_instance_is_hidden() {
 }
 
 #[test]
-fn no_listing_leads_to_a_role_that_sts_refuses() {
-    let refused = Caller { refused: true, ..CALLER };
+fn no_listing_leads_to_a_role_without_credentials() {
+    let refused = Caller { failed: true, ..CALLER };
     for imds in [simulated(""), imds()] {
         assert_eq!(get(&imds, &refused, "/latest/meta-data/iam/"), "404");
         // Asked for, it is tried again.

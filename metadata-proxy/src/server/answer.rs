@@ -1,7 +1,8 @@
 //! What a request is answered: by the protocol, with credentials, or with what the real service says.
 
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode, header::CONNECTION, request::Parts};
+use http::{HeaderValue, Request, StatusCode, header::CONNECTION, request::Parts};
+use hyper::body::Incoming;
 use jiff::Timestamp;
 use metadata_proxy_common::Flow;
 use secrecy::ExposeSecret as _;
@@ -12,31 +13,45 @@ use crate::{
     audit,
     containers::EngineError,
     credentials::{Failure, RoleSession},
-    identity::{RoleArn, Verdict},
+    identity::RoleArn,
     imds::{
         Action, Caller, Forward, IamRequest, PLAIN, Routed,
         iam::{self, CredentialDocument, IamFailure},
         response,
     },
     log_limit::Line,
-    upstream::{Answer, Payload},
-    workload::Workload,
+    upstream::{self, Answer, Payload},
+    workload::{Standing, Workload},
 };
 
 impl Server {
-    pub(super) async fn answer_container(&self, head: &Parts, workload: &Workload, now: Timestamp) -> Response<Body> {
-        let standing = workload.standing();
-        if standing.decision.verdict == Verdict::Instance {
-            // It connected before the kernel knew, or before a rule said so; its next connection is let through.
-            let mut answer = response::empty(StatusCode::SERVICE_UNAVAILABLE, now).map(Body::from);
-            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-            return answer;
-        }
-        let refused = standing.role().is_some_and(|(_, session)| self.credentials.is_refused(session));
+    /// For who has the real service: it connected before the kernel knew, or before a rule said so, and its next connection is
+    /// let through.
+    pub(super) async fn pass(&self, request: Request<Incoming>, now: Timestamp) -> Response<Body> {
+        let mut answer = match upstream::pass(request).await {
+            Ok(answer) => answer.map(Body::passed),
+            Err(error) => self.failed(&error, now),
+        };
+        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        answer
+    }
+
+    pub(super) async fn answer_container(
+        &self,
+        head: &Parts,
+        workload: &Workload,
+        standing: &Standing,
+        now: Timestamp,
+    ) -> Response<Body> {
+        let failed = match standing.role() {
+            Some((_, session)) => self.credentials.has_failed(session),
+            // Its account is not known yet.
+            None => true,
+        };
         let caller = Caller {
             id: &workload.container.id,
             role: standing.role_name(),
-            refused,
+            failed,
             require_token: standing.decision.require_imdsv2,
             view: &standing.decision.view,
         };
@@ -123,12 +138,7 @@ impl Server {
         let Answer { status, headers, payload } = match upstream.get(forward.path(), forward.is_listing(), cgroup).await
         {
             Ok(answer) => answer,
-            Err(error) => {
-                if let Some(Line { unsaid }) = self.log.line() {
-                    warn!(unsaid, "{error}");
-                }
-                return response::empty(error.status(), now).map(Body::from);
-            }
+            Err(error) => return self.failed(&error, now),
         };
         let (body, length) = match payload {
             Payload::Stream(stream, length) => (Body::streamed(stream), length),
@@ -145,13 +155,20 @@ impl Server {
         response::forwarded(status, headers, body, length, now)
     }
 
+    fn failed(&self, error: &upstream::Error, now: Timestamp) -> Response<Body> {
+        if let Some(Line { unsaid }) = self.log.line() {
+            warn!(unsaid, "{error}");
+        }
+        response::empty(error.status(), now).map(Body::from)
+    }
+
     pub(super) fn answer_stranger(&self, head: &Parts, flow: &Flow, now: Timestamp) -> Response {
         if let Some(Line { unsaid }) = self.log.line() {
             let path = head.uri.path();
             info!(cgroup = flow.cgroup, pid = flow.pid, path, unsaid, "refused a process of no known container");
         }
         let id = format!("cgroup {}", flow.cgroup);
-        let caller = Caller { id: &id, role: None, refused: false, require_token: self.require_imdsv2, view: &PLAIN };
+        let caller = Caller { id: &id, role: None, failed: false, require_token: self.require_imdsv2, view: &PLAIN };
         match self.imds_of_strangers.route(head, &caller, now).action {
             Action::Reply(answer) => answer,
             Action::Iam(_) | Action::Forward(_) => response::not_found(now),

@@ -7,20 +7,24 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::{Either, Full, channel::Channel};
-use hyper::body::{Frame, SizeHint};
+use hyper::body::{Frame, Incoming, SizeHint};
 
 use super::shares::Entered;
 use crate::upstream::Cut;
 
 pub(super) struct Body {
-    content: Either<Full<Bytes>, Channel<Bytes, Cut>>,
+    content: Either<Full<Bytes>, Either<Channel<Bytes, Cut>, Incoming>>,
     /// The request is in flight until its answer is taken.
     _request: Option<Entered>,
 }
 
 impl Body {
     pub(super) fn streamed(stream: Channel<Bytes, Cut>) -> Self {
-        Self { content: Either::Right(stream), _request: None }
+        Self { content: Either::Right(Either::Left(stream)), _request: None }
+    }
+
+    pub(super) fn passed(body: Incoming) -> Self {
+        Self { content: Either::Right(Either::Right(body)), _request: None }
     }
 
     pub(super) fn of(self, request: Entered) -> Self {

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -35,12 +36,16 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
 address = "/run/engine/containerd.sock"
 "#;
 
+/// A runtime whose containers run for two seconds before the engine hears of it.
+pub const SLOW_RUNTIME: &str = "slow";
+const SLOW_RUNC: &str = "#!/bin/sh\nrunc \"$@\" || exit\nfor word; do [ \"$word\" = start ] && sleep 2; done\nexit 0\n";
+
 pub struct Engine {
     docker: Docker,
     socket: PathBuf,
     options: HostOptions,
     process: Mutex<Process>,
-    _containerd: Process,
+    containerd: Mutex<Process>,
     machine: Arc<Machine>,
 }
 
@@ -52,7 +57,11 @@ impl Engine {
         // Our own, so that the machine's settings have no say.
         let directory = machine.directory();
         fs::write(directory.join("containerd.toml"), CONTAINERD_CONFIG).context("writing containerd.toml")?;
-        fs::write(directory.join("dockerd.json"), "{}").context("writing dockerd.json")?;
+        let slow = directory.join("slow-runc");
+        fs::write(&slow, SLOW_RUNC).context("writing slow-runc")?;
+        fs::set_permissions(&slow, fs::Permissions::from_mode(0o755))?;
+        let settings = format!(r#"{{"runtimes": {{"{SLOW_RUNTIME}": {{"path": "{}"}}}}}}"#, slow.display());
+        fs::write(directory.join("dockerd.json"), settings).context("writing dockerd.json")?;
 
         let mut command = machine.command("containerd");
         command.arg("--config").arg(directory.join("containerd.toml"));
@@ -62,7 +71,7 @@ impl Engine {
         let mut process = spawn(&machine, &socket, options)?;
         let docker = answering(&mut process, &socket).await?;
         let docker = docker.negotiate_version().await.context("negotiating the Docker API version")?;
-        Ok(Self { docker, socket, options, process: Mutex::new(process), _containerd: containerd, machine })
+        Ok(Self { docker, socket, options, process: Mutex::new(process), containerd: Mutex::new(containerd), machine })
     }
 
     pub fn docker(&self) -> &Docker {
@@ -77,6 +86,11 @@ impl Engine {
     /// Everything that dockerd has logged.
     pub async fn log(&self) -> Result<String> {
         self.process.lock().await.log()
+    }
+
+    /// From now on dockerd hears of no container's end.
+    pub async fn deafen(&self) -> Result<()> {
+        self.containerd.lock().await.signal(Signal::STOP)
     }
 
     /// Stops dockerd in order, and the containers with it unless it has live-restore.

@@ -1,0 +1,133 @@
+//! What an engine says of a container, and what the container is: where the two differ.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use bollard::{models::ContainerCreateBody, query_parameters::RenameContainerOptionsBuilder};
+use metadata_proxy_tests::{
+    host::{BUSYBOX, ContainerSpec, Network, SLOW_RUNTIME, program},
+    stage::{Stage, daemon_options, role_arn},
+    talk::{Plan, ask},
+};
+use tokio::time::sleep;
+
+const ROLE: &str = "metadata-proxy.role";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_takes_long_to_start_is_no_stranger() -> Result<()> {
+    // From its first moment on, each answer on a line.
+    const ASK: &str = "for n in 1 2 3 4 5 6 7 8; do curl -s --max-time 20 -o /dev/null -w '%{http_code}\\n' \
+        http://169.254.169.254/latest/meta-data/iam/security-credentials/; done; sleep 2; \
+        curl -s --max-time 20 http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+    let stage = Stage::start().await?;
+    for (name, network) in [("slow", Network::Default), ("slow-host", Network::Host)] {
+        let mut spec = ContainerSpec::on_host(name, ["/usr/bin/sh", "-c", ASK]).label(ROLE, &role_arn(name));
+        spec.host_config.runtime = Some(SLOW_RUNTIME.to_owned());
+        let said = stage.run(spec.network(network)).await?.wait().await?.success()?;
+        let answers: Vec<_> = said.lines().collect();
+        let expected = |answer: &&str| ["200", "503", name].contains(answer);
+        ensure!(answers.last() == Some(&name) && answers.iter().all(expected), "{answers:?}\n{}", stage.daemon.log()?);
+    }
+    stage.assert_no_leak()
+}
+
+/// As with whatever starts a container's process before the engine says that it runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_of_a_container_that_is_not_said_to_run_is_told_to_try_again_and_no_stranger() -> Result<()> {
+    const ASK: &str = "curl -s --max-time 10 -o /dev/null -w '%{http_code}' \
+        http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+    let stage = Stage::start().await?;
+    let body = ContainerCreateBody {
+        image: Some(BUSYBOX.to_owned()),
+        cmd: Some(vec!["true".to_owned()]),
+        ..Default::default()
+    };
+    let id = stage.docker().create_container(None, body).await?.id;
+    let cgroup = format!("/sys/fs/cgroup/{}/containers/{id}", stage.host.machine().name());
+    let ask = || -> Result<String> {
+        let script = format!("mkdir -p {cgroup} && echo $$ > {cgroup}/cgroup.procs && exec {ASK}");
+        let output = stage.command("timeout").args(["12", "sh", "-c", &script]).output()?;
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    ensure!(ask()? == "503", "it was answered {}", ask()?);
+    stage.docker().remove_container(&id, None).await?;
+    ensure!(ask()? == "404", "without its container it was answered {}", ask()?);
+    ensure!(stage.command("rmdir").arg(&cgroup).status()?.success(), "rmdir");
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_that_is_renamed_while_sts_is_away_keeps_its_credentials() -> Result<()> {
+    const DOCUMENT: &str = "/latest/meta-data/iam/security-credentials/web";
+    let rules = "[[rule]]\nname = '*-admin'\ndeny = true\n\n[[rule]]\nname = '*'\nallow = ['arn:*']\n";
+    let stage = Stage::configured(daemon_options(), rules).await?;
+    let web = stage.run(ContainerSpec::resident("web").label(ROLE, &role_arn("web"))).await?;
+    let key = async || -> Result<(u16, String)> {
+        let answer = ask(&web, &[Plan::get(DOCUMENT)]).await?.pop().context("no answer")?;
+        let key = answer.body.split('"').skip_while(|word| *word != "AccessKeyId").nth(2).unwrap_or_default();
+        Ok((answer.status, key.to_owned()))
+    };
+    let rename = async |name: &str, word: &str| -> Result<()> {
+        let options = RenameContainerOptionsBuilder::new().name(name).build();
+        stage.docker().rename_container(web.id(), options).await?;
+        let begin = Instant::now();
+        while !stage.daemon.log()?.contains(word) {
+            ensure!(begin.elapsed() < Duration::from_secs(20), "no {word:?} in {}", stage.daemon.log()?);
+            sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    };
+    let first = key().await?;
+    stage.sts.stop_listening()?;
+    rename("shop", "session shop-").await?;
+    ensure!(key().await? == first && first.0 == 200, "{:?} after {first:?}", key().await?);
+    // What the new name forbids is lost all the same.
+    rename("shop-admin", "denies it any role").await?;
+    ensure!(key().await?.0 == 404, "{:?}", key().await?);
+    rename("shop", "session shop-").await?;
+    stage.sts.listen_again()?;
+    // As soon as there are others, it has those of its new name.
+    let begin = Instant::now();
+    let own = loop {
+        let (status, key) = key().await?;
+        let session = stage.sts.issued(&key).map(|issued| issued.session_name).unwrap_or_default();
+        if session.starts_with("shop-") {
+            break key;
+        }
+        ensure!(begin.elapsed() < Duration::from_secs(60), "{status} {session}");
+        sleep(Duration::from_millis(100)).await;
+    };
+    ensure!(own != first.1, "the same credentials");
+    stage.assert_no_leak()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_of_a_dead_container_are_dropped_although_the_engine_says_that_it_runs() -> Result<()> {
+    let stage = Stage::start().await?;
+    let web = stage.run(ContainerSpec::resident("web").label(ROLE, &role_arn("web"))).await?;
+    let pid = web.pid().await?;
+    let explained = || -> Result<String> {
+        let output = stage.command(program()?).args(["explain", "web"]).output()?;
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let until = async |word: &str| -> Result<()> {
+        let begin = Instant::now();
+        while !explained()?.contains(word) {
+            ensure!(begin.elapsed() < Duration::from_secs(20), "no {word:?} in {}", explained()?);
+            sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    };
+    until("credentials  ASIA").await?;
+    stage.engine().deafen().await?;
+    ensure!(stage.command("kill").args(["-9", &pid.to_string()]).status()?.success(), "kill");
+    let begin = Instant::now();
+    while !explained()?.is_empty() {
+        ensure!(begin.elapsed() < Duration::from_secs(20), "still known: {}", explained()?);
+        sleep(Duration::from_millis(20)).await;
+    }
+    // The engine has not told.
+    ensure!(web.pid().await? == pid, "the engine knows");
+    ensure!(stage.sts.assume_role_calls(&role_arn("web")) == 1, "its role was assumed again");
+    Ok(())
+}
