@@ -27,7 +27,7 @@ use crate::{
     audit::Audit,
     check,
     config::{self, BadConfig, Config, Place},
-    containers::{Registry, docker::Engine},
+    containers::{Registry, docker::Engine, memory::Memory},
     credentials::{Aws, Store},
     exemptions::Exemptions,
     identity::Home,
@@ -156,7 +156,9 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     });
     let admit = Arc::clone(&workloads);
     let engines = config.engines.into_iter().map(|at| Engine::new(at, config.trust_image_metadata)).collect();
-    let registry = Registry::new(engines, cgroup2, move |container, before| admit.admit(container, before));
+    let looking = Arc::clone(&workloads);
+    let memory = Memory::new(move |variable, container| looking.looks_at(variable, container));
+    let registry = Registry::new(engines, cgroup2, memory, move |container, before| admit.admit(container, before));
     tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry), Arc::clone(&about)));
     tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry), audit.clone(), fixed, Arc::clone(&about)));
     let (upstream, rest) = match config.upstream {
@@ -195,10 +197,13 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     if let Some(address) = config.metrics_address {
         tokio::spawn(admin.serve_metrics(address));
     }
+    registry.recall();
     // Connections that are held by now do not wait for the engine.
     let held = Arc::clone(&listeners).serve_wanted(wanted);
     background.spawn(async { held.await.context("cannot read the kernel's requests") });
     background.spawn(sweep(Arc::clone(&listeners), exemptions, Arc::clone(&interceptor)));
+    let remembering = Arc::clone(&registry);
+    background.spawn(async move { Ok(remembering.remember().await) });
     background.spawn(async move { Ok(registry.follow().await) });
 
     // None of these ends by itself.

@@ -7,6 +7,7 @@
 pub(crate) mod cgroup;
 pub(crate) mod docker;
 mod follow;
+pub(crate) mod memory;
 mod network;
 mod socket;
 
@@ -26,6 +27,7 @@ use std::{
 use anyhow::{bail, ensure};
 use futures_util::{StreamExt as _, future, stream::FuturesUnordered};
 use metadata_proxy_common::Flow;
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::Mutex,
     time::{Instant, sleep},
@@ -34,9 +36,10 @@ use tracing::{debug, info, warn};
 
 use crate::netns;
 use docker::{Engine, Lookup};
+use memory::Memory;
 
 /// A running container, as the engine describes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) name: String,
@@ -69,7 +72,7 @@ impl Container {
 }
 
 /// What containers and images are given by name.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Given {
     pub(crate) labels: HashMap<String, String>,
     pub(crate) env: HashMap<String, String>,
@@ -78,7 +81,7 @@ pub(crate) struct Given {
 }
 
 /// Of a container. What its process is in does not tell alone, for the process may have made itself another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum UserNamespace {
     /// The daemon's, so that root in the container is root on the host, less the capabilities that it lacks.
@@ -111,6 +114,7 @@ pub(crate) struct Registry<W> {
     cgroups: RwLock<HashMap<u64, String>>,
     /// Containers that two engines have told of, which are nobody's, with their first processes.
     contested: RwLock<HashMap<String, u32>>,
+    memory: Memory,
     own: Weak<Self>,
 }
 
@@ -152,13 +156,23 @@ impl<W: Send + Sync + 'static> Registry<W> {
     pub(crate) fn new(
         engines: Vec<Engine>,
         cgroup2: PathBuf,
+        memory: Memory,
         admit: impl Fn(Container, Option<&W>) -> W + Send + Sync + 'static,
     ) -> Arc<Self> {
         let followed = |engine| Followed { engine, in_sight: AtomicBool::default(), last_look: Mutex::default() };
         let engines = engines.into_iter().map(followed).collect();
         let (entries, cgroups, contested) = Default::default();
         let admit = Box::new(admit);
-        Arc::new_cyclic(|own| Self { engines, cgroup2, admit, entries, cgroups, contested, own: Weak::clone(own) })
+        Arc::new_cyclic(|own| Self {
+            engines,
+            cgroup2,
+            admit,
+            entries,
+            cgroups,
+            contested,
+            memory,
+            own: Weak::clone(own),
+        })
     }
 
     /// The container of a flow, by the cgroup that the kernel saw. None: no container of these engines.
@@ -321,7 +335,18 @@ impl<W: Send + Sync + 'static> Registry<W> {
         let before = entries.get(&id).map(|entry| Arc::clone(&entry.workload));
         let container = description.at(cgroup, user_namespace, source);
         let workload = Arc::new((self.admit)(container, before.as_deref()));
-        let old = entries.insert(id.clone(), Entry { engine, pid, cgroup, name, complete, workload });
+        self.enter(&mut entries, id, Entry { engine, pid, cgroup, name, complete, workload }, process);
+    }
+
+    fn enter(
+        &self,
+        entries: &mut HashMap<String, Entry<W>>,
+        id: String,
+        entry: Entry<W>,
+        process: io::Result<OwnedFd>,
+    ) {
+        let (pid, cgroup) = (entry.pid, entry.cgroup);
+        let old = entries.insert(id.clone(), entry);
         let mut cgroups = self.write_cgroups();
         if let Some(old) = &old {
             cgroups.remove(&old.cgroup);
@@ -330,6 +355,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
         if old.is_none_or(|old| old.pid != pid) {
             tokio::spawn(Self::dismiss_at_end(Weak::clone(&self.own), id, pid, process));
         }
+        self.memory.changed();
     }
 
     /// Whatever an engine says or fails to say: a container whose first process has ended is gone.
@@ -359,6 +385,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
         let Some(entry) = entries.remove(id) else { return };
         self.write_cgroups().remove(&entry.cgroup);
         drop(entries);
+        self.memory.changed();
         info!(id = short(id), cgroup = entry.cgroup, "container stopped");
     }
 

@@ -128,6 +128,20 @@ pub(crate) fn sources(container: &Container) -> Vec<Said> {
     ROLE.said(container).into_iter().chain(found).collect()
 }
 
+/// Whether a decision about this container may depend on an environment variable of this name.
+pub(crate) fn looks_at(variable: &str, container: &Container, settings: &Settings) -> bool {
+    let of_rules = settings.rules.rules.iter().filter_map(|rule| match &rule.effect {
+        Effect::Allow(allowance) => Some(&allowance.tags),
+        Effect::Deny => None,
+    });
+    let tags = of_rules.chain([&settings.session_tags]).flatten().map(|(_, template)| template);
+    let field = format!("{{env.{variable}");
+    options::ALL.iter().chain([&ROLE]).any(|names| names.variables.contains(&variable))
+        || tags.chain([&settings.session_name]).any(|template| template.looks_at(variable))
+        // Its own templates.
+        || container.labels.values().chain(container.env.values()).any(|value| value.contains(&field))
+}
+
 struct Case<'a> {
     container: &'a Container,
     settings: &'a Settings,

@@ -25,6 +25,7 @@ mod netns;
 mod server;
 mod token_key;
 mod upstream;
+mod volatile;
 mod wildcard;
 mod workload;
 

@@ -73,6 +73,12 @@ impl Standing {
     }
 }
 
+impl AsRef<Container> for Workload {
+    fn as_ref(&self) -> &Container {
+        &self.container
+    }
+}
+
 impl Workload {
     /// What holds now; another decision may follow at any time.
     pub(crate) fn standing(&self) -> Arc<Standing> {
@@ -117,6 +123,11 @@ impl Workloads {
         }
         let known = self.known();
         identity::decide(container, &known.settings, known.home.as_ref())
+    }
+
+    /// Whether a decision may depend on this variable.
+    pub(crate) fn looks_at(&self, variable: &str, container: &Container) -> bool {
+        identity::looks_at(variable, container, &self.known().settings)
     }
 
     fn known(&self) -> RwLockReadGuard<'_, Known> {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use bollard::{models::ContainerCreateBody, query_parameters::RenameContainerOptionsBuilder};
 use metadata_proxy_tests::{
-    host::{BUSYBOX, ContainerSpec, Network, SLOW_RUNTIME, program},
+    host::{BUSYBOX, ContainerSpec, HostOptions, Network, SLOW_RUNTIME, TestHost, program},
     stage::{Stage, daemon_options, role_arn},
     talk::{Plan, ask},
 };
@@ -130,4 +130,62 @@ async fn credentials_of_a_dead_container_are_dropped_although_the_engine_says_th
     ensure!(web.pid().await? == pid, "the engine knows");
     ensure!(stage.sts.assume_role_calls(&role_arn("web")) == 1, "its role was assumed again");
     Ok(())
+}
+
+/// With live-restore containers outlive the engine, and the daemon may be replaced meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_starts_while_the_engine_is_away_knows_whom_the_one_before_has_known() -> Result<()> {
+    const SECRET: &str = "not-for-the-file";
+    let host = TestHost::start_with(HostOptions { live_restore: true, ..HostOptions::default() }).await?;
+    let mut stage = Stage::on(host, daemon_options()).await?;
+    let labelled = ContainerSpec::resident("web").label(ROLE, &role_arn("web")).env("PASSWORD", SECRET);
+    let (web, job) = (
+        stage.run(labelled).await?,
+        stage.run(ContainerSpec::resident("job").env("IAM_ROLE", &role_arn("job")).network(Network::Host)).await?,
+    );
+    let gone = stage.run(ContainerSpec::resident("gone").label(ROLE, &role_arn("gone"))).await?;
+    let pid = gone.pid().await?;
+    let kept = format!("/proc/{}/root/run/metadata-proxy/containers.json", stage.machine().holder());
+    let begin = Instant::now();
+    let text = loop {
+        let text = std::fs::read_to_string(&kept).unwrap_or_default();
+        if ["web", "job", "gone"].iter().all(|name| text.contains(&role_arn(name))) {
+            break text;
+        }
+        ensure!(begin.elapsed() < Duration::from_secs(10), "not kept: {text}");
+        sleep(Duration::from_millis(50)).await;
+    };
+    ensure!(!text.contains(SECRET), "{text}");
+
+    let (asks_web, asks_job) = (web.pid().await?, job.pid().await?);
+    stage.engine().stop().await?;
+    stage.daemon.terminate(Duration::from_secs(15)).await?;
+    ensure!(stage.command("kill").args(["-9", &pid.to_string()]).status()?.success(), "kill");
+    stage.daemon = stage.host.daemon(daemon_options())?;
+    stage.daemon.wait_for("what is known", Duration::from_secs(20), |log| log.contains("containers=2")).await?;
+    // The engine that would run a program in them is away.
+    for (name, pid) in [("web", asks_web), ("job", asks_job)] {
+        let begin = Instant::now();
+        while role_list_of(&stage, pid)? != name {
+            ensure!(begin.elapsed() < Duration::from_secs(20), "{name}: {:?}", role_list_of(&stage, pid)?);
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+    stage.engine().resume().await?;
+    stage.daemon.wait_ready(Duration::from_secs(30)).await?;
+    ensure!(role_list_of(&stage, asks_web)? == "web" && role_list_of(&stage, asks_job)? == "job", "changed");
+    ensure!(stage.sts.assume_role_calls(&role_arn("web")) == 2, "once for each daemon");
+    stage.assert_no_leak()
+}
+
+/// As a process of that container: in its cgroup and its network.
+fn role_list_of(stage: &Stage, pid: u32) -> Result<String> {
+    const ROLES: &str = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let cgroup = cgroup.lines().find_map(|line| line.strip_prefix("0::")).context("no cgroup")?;
+    let join = format!(
+        "echo $$ > /sys/fs/cgroup{cgroup}/cgroup.procs && exec nsenter --net=/proc/{pid}/ns/net curl -s -m 5 {ROLES}"
+    );
+    let output = stage.command("sh").args(["-c", &join]).output()?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -80,7 +80,8 @@ async fn links_that_somebody_has_detached_the_next_daemon_makes_anew() -> Result
     stage.replace_daemon(daemon_options()).await?;
     each_has_its_role(&stage, &containers, "BPF_LINK_DETACH").await?;
     let log = stage.daemon.log()?;
-    ensure!(log.matches("was no longer attached").count() == 6, "{log}");
+    // A seventh is where the kernel refuses socket options at the hook of cgroups only.
+    ensure!(matches!(log.matches("was no longer attached").count(), 6 | 7), "{log}");
     // Theirs are in the place of those.
     stage.replace_daemon(daemon_options()).await?;
     ensure!(!stage.daemon.log()?.contains("was no longer attached"), "{}", stage.daemon.log()?);

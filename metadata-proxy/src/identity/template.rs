@@ -131,6 +131,11 @@ impl Template {
         Ok(Self { kind, parts })
     }
 
+    pub(super) fn looks_at(&self, variable: &str) -> bool {
+        let is_it = |field: &Field| matches!(field, Field::Variable(name) if name == variable);
+        self.parts.iter().any(|part| matches!(part, Part::Value { field, .. } if is_it(field)))
+    }
+
     /// Why nobody can tell what it becomes, if so.
     pub(super) fn unclear(&self, container: &Container) -> Option<String> {
         self.parts.iter().find_map(|part| match part {
