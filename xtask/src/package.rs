@@ -32,7 +32,24 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn all(options: &Options) -> anyhow::Result<()> {
-    let target = options.target.map_or_else(Target::native, Ok)?;
+    for_target(options.target.map_or_else(Target::native, Ok)?)
+}
+
+/// Debian's package alone, of the daemon as the tests have it: made in seconds where they have run, to be tried and not to be
+/// handed out.
+pub(crate) fn unoptimised(target: Target) -> anyhow::Result<PathBuf> {
+    let daemon = build::daemon_for(target, false)?;
+    let output = workspace()?.join("target/unoptimised");
+    stage::make_empty(&output)?;
+    // Most of the file is debugging information.
+    let slim = output.join("metadata-proxy");
+    build::strip(target, &daemon, &slim)?;
+    let files = stage::files(&slim, &workspace()?.join("target/manual"))?;
+    stage::lay_out(&files, &workspace()?.join("target/stage"))?;
+    tools::deb(&output, target, time()?)
+}
+
+pub(crate) fn for_target(target: Target) -> anyhow::Result<()> {
     let daemon = build::daemon_for(target, true)?;
     let needs = Needs::of(&daemon)?;
     ensure!(needs.machine == target.machine, "{} is for {}, not {}", daemon.display(), needs.machine, target.machine);
