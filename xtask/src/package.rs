@@ -7,6 +7,7 @@
 mod archive;
 mod elf;
 mod image;
+mod licences;
 mod stage;
 mod tools;
 
@@ -44,7 +45,7 @@ pub(crate) fn unoptimised(target: Target) -> anyhow::Result<PathBuf> {
     // Most of the file is debugging information.
     let slim = output.join("metadata-proxy");
     build::strip(target, &daemon, &slim)?;
-    let files = stage::files(&slim, &workspace()?.join("target/manual"))?;
+    let files = stage::files(&slim, target, &workspace()?.join("target/manual"))?;
     stage::lay_out(&files, &workspace()?.join("target/stage"))?;
     tools::deb(&output, target, time()?)
 }
@@ -58,7 +59,7 @@ pub(crate) fn for_target(target: Target) -> anyhow::Result<()> {
     let output = workspace()?.join("target/package");
     fs::create_dir_all(&output).with_context(|| format!("create {}", output.display()))?;
 
-    let files = stage::files(&daemon, &workspace()?.join("target/manual"))?;
+    let files = stage::files(&daemon, target, &workspace()?.join("target/manual"))?;
     stage::lay_out(&files, &workspace()?.join("target/stage"))?;
     let write = |name: String, content: &[u8]| {
         let path = output.join(name);
