@@ -31,10 +31,16 @@ pub(crate) enum Command {
     /// Intercept, and leave the rest to `run`: containers get connection errors until then.
     ///
     /// For the first moments of a boot. Needs no configuration, no engine, no network and no AWS;
-    /// where the programs are attached already, it puts its own in their place.
+    /// where the programs are attached already, it puts its own in their place. Of a configuration
+    /// file it reads `cgroup` and `bpffs` only, whatever else is wrong with it.
     ///
     /// Exit status: 0 if it is done, 1 if this host lacks something that is needed.
-    Attach(Place),
+    Attach {
+        #[command(flatten)]
+        config: ConfigFile,
+        #[command(flatten)]
+        place: Place,
+    },
     /// Say whether this host has what `run` with the same flags needs, and what to do where not.
     ///
     /// Exit status: 0 if it has, 64 for bad configuration, 1 if something is missing.
@@ -62,8 +68,11 @@ pub(crate) enum Command {
     },
     /// Remove all BPF programs, links and maps that `run` has left.
     ///
-    /// From then on containers reach the real service. Does nothing where nothing is left.
+    /// From then on containers reach the real service. Does nothing where nothing is left. Of a
+    /// configuration file it reads `bpffs` only.
     Detach {
+        #[command(flatten)]
+        config: ConfigFile,
         #[command(flatten)]
         bpffs: Bpffs,
         #[command(flatten)]
@@ -129,9 +138,8 @@ pub(crate) struct Run {
     #[arg(long, env = "METADATA_PROXY_EXEMPT_CGROUP", value_name = "PATH", value_delimiter = ',')]
     pub(crate) exempt_cgroup: Vec<PathBuf>,
 
-    /// Configuration file, TOML; flags and environment win over it
-    #[arg(long, env = "METADATA_PROXY_CONFIG", value_parser = path(), value_name = "FILE.toml")]
-    pub(crate) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) config: ConfigFile,
 
     #[command(flatten)]
     pub(crate) place: Place,
@@ -156,6 +164,13 @@ pub(crate) struct Run {
     /// [default: info]
     #[arg(long, env = "METADATA_PROXY_LOG", value_name = "FILTER")]
     pub(crate) log: Option<String>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ConfigFile {
+    /// Configuration file, TOML; flags and environment win over it
+    #[arg(long = "config", env = "METADATA_PROXY_CONFIG", value_parser = path(), value_name = "FILE.toml")]
+    pub(crate) file: Option<PathBuf>,
 }
 
 /// Where the programs are attached and pinned.

@@ -127,7 +127,7 @@ impl Config {
     }
 
     pub(crate) fn resolve(run: Run) -> Result<Self, BadConfig> {
-        let Some(path) = given_path(run.config.clone()) else { return Self::with_file(run, "", "") };
+        let Some(path) = given_path(run.config.file.clone()) else { return Self::with_file(run, "", "") };
         let file_name = path.display().to_string();
         let text = fs::read_to_string(&path).map_err(|error| BadConfig(format!("--config {file_name}: {error}")))?;
         Self::with_file(run, &file_name, &text)
@@ -202,7 +202,7 @@ impl Config {
             .map_err(|(address, error)| BadConfig(format!("{origin} {address:?}: {error}; expected IP:PORT")))?;
         Ok(Self {
             engines: engines.at,
-            file: given_path(run.config),
+            file: given_path(run.config.file),
             place: run.place.resolve(file.cgroup, file.bpffs),
             identity,
             trust_image_metadata: run.trust_image_metadata || file.trust_image_metadata,

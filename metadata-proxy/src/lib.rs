@@ -60,9 +60,13 @@ pub fn main() -> ExitCode {
             }
             Err(error) => return refuse(&format!("{error}; {}", attached_all_the_same(run))),
         },
-        Command::Attach(place) => {
+        Command::Attach { config, place } => {
             log::start(LogFormat::Text, "info");
-            app::attach(&place.resolve(None, None))
+            let (place, bad) = Place::read(config, place);
+            if let Some(bad) = bad {
+                tracing::warn!("{bad}; attached where flags, environment and defaults say");
+            }
+            app::attach(&place)
         }
         Command::Check { run, config_only } => match Config::resolve(run) {
             Ok(config) => app::check(&config, config_only),
@@ -70,7 +74,13 @@ pub fn main() -> ExitCode {
         },
         Command::Ps { socket, json } => app::ps(&socket.path(), json),
         Command::Explain { socket, container } => app::explain(&socket.path(), &container),
-        Command::Detach { bpffs, socket } => app::detach(&bpffs.path(), &socket.path()),
+        Command::Detach { config, bpffs, socket } => {
+            let (place, bad) = Place::read(config, cli::Place { cgroup: None, bpffs });
+            if let Some(bad) = bad {
+                eprintln!("{bad}; looking in {}", place.bpffs.display());
+            }
+            app::detach(&place.bpffs, &socket.path())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -83,7 +93,9 @@ pub fn main() -> ExitCode {
 
 /// Whoever has no configuration serves nobody; that is no reason to let containers have the host's role.
 fn attached_all_the_same(run: cli::Run) -> String {
-    match app::attach(&Place::of_wrong(run)) {
+    // What is wrong with the file has been said.
+    let (place, _) = Place::read(run.config, run.place);
+    match app::attach(&place) {
         Ok(()) => "until it is right, containers get errors".to_owned(),
         Err(error) => format!("and containers are not intercepted: {error:#}"),
     }

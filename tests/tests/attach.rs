@@ -140,3 +140,32 @@ async fn a_stand_in_on_the_hosts_own_loopback_answers_the_host_and_no_container(
     }
     Ok(())
 }
+
+/// Or the first at boot and the last at removal would pin elsewhere than the daemon does.
+#[tokio::test(flavor = "multi_thread")]
+async fn attach_and_detach_go_where_the_configuration_file_says() -> Result<()> {
+    let host = TestHost::start().await?;
+    let file = host.directory().join("config.toml");
+    let bpffs = host.directory().join("bpf");
+    std::fs::create_dir(&bpffs)?;
+    let bpffs = bpffs.display().to_string();
+    let call = |arguments: &[&str], text: &str| -> Result<String> {
+        std::fs::write(&file, text)?;
+        let output = host.command(program()?).args(arguments).env("METADATA_PROXY_CONFIG", &file).output()?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(String::from_utf8(output.stderr)?)
+    };
+    let cgroup = host.machine().inner_cgroup().display().to_string();
+    let attach = ["attach", "--cgroup", &cgroup];
+
+    let elsewhere = format!("bpffs = '{bpffs}'\ndefault-rol = 'x'\n");
+    call(&attach, &elsewhere)?;
+    let removed = call(&["detach"], &elsewhere)?;
+    ensure!(removed.contains(&format!("removed {bpffs}/metadata-proxy/v")), "{removed}");
+
+    let log = call(&attach, "no toml at all")?;
+    ensure!(log.contains(" WARN ") && log.contains(&file.display().to_string()), "{log}");
+    let removed = call(&["detach"], "no toml at all")?;
+    ensure!(removed.contains("looking in /sys/fs/bpf") && removed.contains("removed /sys/fs/bpf/"), "{removed}");
+    Ok(())
+}

@@ -75,6 +75,12 @@ fn cross(mut build: Command, target: Target, profile: &str, name: &str) -> anyho
     binary(&format!("{}/{profile}", target.triple), name)
 }
 
+/// A copy of a program without debugging information.
+pub(crate) fn strip(target: Target, program: &Path, slim: &Path) -> anyhow::Result<()> {
+    let strip = if target.is_native() { "strip".to_owned() } else { format!("{}-strip", target.gnu) };
+    install::quietly(Command::new(strip).arg("--strip-debug").arg("-o").arg(slim).arg(program))
+}
+
 fn build(release: bool) -> Command {
     let mut build = cargo();
     build.args(["build", "--quiet", "--package", "metadata-proxy"]).args(release.then_some("--release"));

@@ -64,9 +64,9 @@ enum Task {
         #[arg(long)]
         record: bool,
     },
-    /// Run all tests: unit, privileged, end to end
+    /// Run all tests: unit, privileged, end to end, and the quick scenarios of a booted host
     Test {
-        /// Only the tests whose name contains this
+        /// Only the tests whose name contains this; `booted-host` is the booted host alone
         filter: Option<String>,
     },
     /// Boot Debian's kernels in virtual machines, and run the daemon there at the true root cgroup

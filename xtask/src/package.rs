@@ -7,6 +7,7 @@
 mod archive;
 mod elf;
 mod image;
+mod licences;
 mod stage;
 mod tools;
 
@@ -32,7 +33,24 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn all(options: &Options) -> anyhow::Result<()> {
-    let target = options.target.map_or_else(Target::native, Ok)?;
+    for_target(options.target.map_or_else(Target::native, Ok)?)
+}
+
+/// Debian's package alone, of the daemon as the tests have it: made in seconds where they have run, to be tried and not to be
+/// handed out.
+pub(crate) fn unoptimised(target: Target) -> anyhow::Result<PathBuf> {
+    let daemon = build::daemon_for(target, false)?;
+    let output = workspace()?.join("target/unoptimised");
+    stage::make_empty(&output)?;
+    // Most of the file is debugging information.
+    let slim = output.join("metadata-proxy");
+    build::strip(target, &daemon, &slim)?;
+    let files = stage::files(&slim, target, &workspace()?.join("target/manual"))?;
+    stage::lay_out(&files, &workspace()?.join("target/stage"))?;
+    tools::deb(&output, target, time()?)
+}
+
+pub(crate) fn for_target(target: Target) -> anyhow::Result<()> {
     let daemon = build::daemon_for(target, true)?;
     let needs = Needs::of(&daemon)?;
     ensure!(needs.machine == target.machine, "{} is for {}, not {}", daemon.display(), needs.machine, target.machine);
@@ -41,7 +59,7 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<()> {
     let output = workspace()?.join("target/package");
     fs::create_dir_all(&output).with_context(|| format!("create {}", output.display()))?;
 
-    let files = stage::files(&daemon, &workspace()?.join("target/manual"))?;
+    let files = stage::files(&daemon, target, &workspace()?.join("target/manual"))?;
     stage::lay_out(&files, &workspace()?.join("target/stage"))?;
     let write = |name: String, content: &[u8]| {
         let path = output.join(name);

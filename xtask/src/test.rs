@@ -2,10 +2,12 @@
 
 use std::{ffi::OsString, process::Command};
 
-use crate::{build, cargo, install, run};
+use crate::{build, cargo, host, install, run};
 
 /// Hosts with an engine each are up at the same time; on two cores more of them only wait for each other.
 const THREADS: &str = "--test-threads=2";
+/// What boots a distribution and puts the package through the quick part of what happens to a host.
+const BOOTED_HOST: &str = "booted-host";
 const TESTS: &str = "metadata-proxy-tests";
 
 /// A program of the tests that shows something, on a hermetic test host.
@@ -54,7 +56,19 @@ pub(crate) fn simulate_fleet() -> anyhow::Result<()> {
     ]))
 }
 
+/// Run all tests, or those whose name contains the filter. The booted host is one of them, by its whole name only, because it
+/// takes minutes.
 pub(crate) fn all(filter: Option<&str>) -> anyhow::Result<()> {
+    if filter != Some(BOOTED_HOST) {
+        with_cargo(filter)?;
+    }
+    if filter.is_none_or(|filter| filter == BOOTED_HOST) {
+        host::quickest()?;
+    }
+    Ok(())
+}
+
+fn with_cargo(filter: Option<&str>) -> anyhow::Result<()> {
     install::docker_engine()?;
     let daemon = build::daemon(false)?;
     // The whole workspace: unit tests stand beside their code, end-to-end tests in `tests`. The build

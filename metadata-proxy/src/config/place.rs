@@ -1,11 +1,11 @@
 //! Where the programs are attached and pinned: the part of the configuration that is needed when all else is wrong.
 
-use std::{fs, path::PathBuf};
+use std::{fmt::Display, fs, path::PathBuf};
 
 use serde::Deserialize;
 
-use super::given_path;
-use crate::cli::{self, Bpffs, Run};
+use super::{BadConfig, given_path};
+use crate::cli::{self, ConfigFile};
 
 const BPFFS: &str = "/sys/fs/bpf";
 
@@ -21,17 +21,24 @@ impl Place {
         self.cgroup.is_none()
     }
 
-    /// As far as a configuration can be read that is not right.
-    pub(crate) fn of_wrong(run: Run) -> Self {
+    /// As far as the configuration can be read: whatever else is wrong with it does not matter here. Tells, too, why nothing
+    /// of it could be read.
+    pub(crate) fn read(config: ConfigFile, place: cli::Place) -> (Self, Option<BadConfig>) {
         /// Whatever else there is.
         #[derive(Default, Deserialize)]
         struct File {
             cgroup: Option<PathBuf>,
             bpffs: Option<PathBuf>,
         }
-        let text = given_path(run.config).and_then(|path| fs::read_to_string(path).ok());
-        let file: File = text.and_then(|text| toml::from_str(&text).ok()).unwrap_or_default();
-        run.place.resolve(file.cgroup, file.bpffs)
+        let read = |path: PathBuf| {
+            let bad = |why: &dyn Display| BadConfig(format!("{}: {why}", path.display()));
+            let text = fs::read_to_string(&path).map_err(|error| bad(&error))?;
+            toml::from_str(&text).map_err(|error: toml::de::Error| bad(&error.message()))
+        };
+        let read = given_path(config.file).map(read).transpose();
+        let (file, bad) = read.map_or_else(|bad| (None, Some(bad)), |file| (file, None));
+        let file: File = file.unwrap_or_default();
+        (place.resolve(file.cgroup, file.bpffs), bad)
     }
 }
 
@@ -39,12 +46,6 @@ impl cli::Place {
     /// With what stands in the file.
     pub(crate) fn resolve(self, cgroup: Option<PathBuf>, bpffs: Option<PathBuf>) -> Place {
         let bpffs = given_path(self.bpffs.path).or(bpffs);
-        Place { cgroup: given_path(self.cgroup).or(cgroup), bpffs: Bpffs { path: bpffs }.path() }
-    }
-}
-
-impl Bpffs {
-    pub(crate) fn path(self) -> PathBuf {
-        given_path(self.path).unwrap_or_else(|| BPFFS.into())
+        Place { cgroup: given_path(self.cgroup).or(cgroup), bpffs: given_path(bpffs).unwrap_or_else(|| BPFFS.into()) }
     }
 }

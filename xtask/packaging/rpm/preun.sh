@@ -7,5 +7,5 @@ elif command -v systemctl > /dev/null; then
 	systemctl --quiet disable $units || :
 fi
 # Its programs stay attached when it has stopped, and without the binary nothing could remove them.
-metadata-proxy detach ||
+METADATA_PROXY_CONFIG=/etc/metadata-proxy/config.toml metadata-proxy detach ||
 	echo "metadata-proxy: its programs may still be attached, and containers without the metadata service until the next boot" >&2

@@ -10,6 +10,11 @@ pub(crate) enum Arch {
 }
 
 impl Arch {
+    /// This machine's.
+    pub(super) fn native() -> anyhow::Result<Self> {
+        Ok(if Target::native()?.debian == "arm64" { Self::Arm64 } else { Self::Amd64 })
+    }
+
     /// What programs for it are built for.
     pub(super) fn target(self) -> anyhow::Result<Target> {
         let triple = match self {

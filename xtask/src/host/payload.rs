@@ -9,20 +9,22 @@ use anyhow::{Context as _, ensure};
 
 use crate::install::{ask, disk_of, quietly};
 use crate::target::Target;
-use crate::{build, workspace};
+use crate::{build, package, workspace};
 
-const SCRIPTS: [(&str, &str); 5] = [
+const SCRIPTS: [(&str, &str); 7] = [
     ("agent.sh", include_str!("guest/agent.sh")),
     ("cloud.sh", include_str!("guest/cloud.sh")),
     ("lib.sh", include_str!("guest/lib.sh")),
+    ("lease.service", include_str!("guest/lease.service")),
+    ("plain.service", include_str!("guest/plain.service")),
     ("ask", include_str!("guest/ask.sh")),
     ("load", include_str!("guest/load.sh")),
 ];
 /// Older than any that is released.
 const BEFORE: &str = "0.0.1";
 
-/// The disk for guests of this processor.
-pub(super) fn make(package: &Path, target: Target, scratch: &Path) -> anyhow::Result<PathBuf> {
+/// The disk for guests of this processor; with the container image that lies beside the package, if that is needed.
+pub(super) fn make(package: &Path, image: bool, target: Target, scratch: &Path) -> anyhow::Result<PathBuf> {
     let folder = scratch.join("payload");
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
@@ -33,27 +35,29 @@ pub(super) fn make(package: &Path, target: Target, scratch: &Path) -> anyhow::Re
     }
     fs::copy(build::cloud_for(target)?, folder.join("cloud")).context("copy the stand-ins")?;
     fs::copy(package, folder.join("now.deb")).with_context(|| format!("copy {}", package.display()))?;
-    fs::copy(image_of(package, target), folder.join("image.tar"))
-        .context("copy the container image, which `cargo xtask package` makes beside the package")?;
+    if image {
+        fs::copy(image_of(package, target), folder.join("image.tar"))
+            .context("copy the container image, which `cargo xtask package` makes beside the package")?;
+    }
     earlier(package, &folder.join("before.deb"), scratch)?;
     let disk = scratch.join("payload.disk");
     disk_of(&folder, &disk, "512M")?;
     Ok(disk)
 }
 
-/// The last package that `cargo xtask package` has made.
+/// The last package that `cargo xtask package` has made; the first, where it has made none.
 pub(super) fn newest(target: Target) -> anyhow::Result<PathBuf> {
     let folder = workspace()?.join("target/package");
     let made = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         name.starts_with("metadata-proxy_") && name.ends_with(&format!("_{}.deb", target.debian))
     };
-    let files = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path()).filter(made);
+    let files = || fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path()).filter(made);
     let time = |path: &PathBuf| fs::metadata(path).and_then(|file| file.modified()).ok();
-    files.max_by_key(time).with_context(|| {
-        let (debian, triple) = (target.debian, target.triple);
-        format!("no package for {debian} in {}; make it with: cargo xtask package --target {triple}", folder.display())
-    })
+    if files().next().is_none() {
+        package::for_target(target)?;
+    }
+    files().max_by_key(time).with_context(|| format!("no package for {} in {}", target.debian, folder.display()))
 }
 
 /// The container image that was made together with a package.

@@ -4,8 +4,8 @@ use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
 use anyhow::{Context as _, ensure};
 
-use super::archive::gzip;
-use crate::{cargo, run};
+use super::{archive::gzip, licences};
+use crate::{cargo, run, target::Target};
 
 pub(super) const BINARY: &str = "usr/bin/metadata-proxy";
 pub(super) const DOCUMENTS: &str = "usr/share/doc/metadata-proxy/";
@@ -29,7 +29,7 @@ pub(super) struct File {
 }
 
 /// All of them; the manual is made in the folder `manual`, by the daemon's own command line.
-pub(super) fn files(daemon: &Path, manual: &Path) -> anyhow::Result<Vec<File>> {
+pub(super) fn files(daemon: &Path, target: Target, manual: &Path) -> anyhow::Result<Vec<File>> {
     make_empty(manual)?;
     run(cargo().args(["run", "--quiet", "--package", "metadata-proxy", "--example", "manual", "--"]).arg(manual))?;
     let mut files = Vec::new();
@@ -56,6 +56,7 @@ pub(super) fn files(daemon: &Path, manual: &Path) -> anyhow::Result<Vec<File>> {
     for name in TEXTS {
         add(format!("{DOCUMENTS}{name}"), 0o644, read(Path::new(name))?);
     }
+    add(format!("{DOCUMENTS}THIRD-PARTY"), 0o644, licences::text(target.triple)?.into_bytes());
     files.sort_by(|one, other| one.path.cmp(&other.path));
     Ok(files)
 }
@@ -84,7 +85,7 @@ fn unit(name: &str, example: &str) -> anyhow::Result<String> {
         "examples/{name} starts no /{BINARY}: adapt xtask/src/package/stage.rs"
     );
     ensure!(
-        name != UNITS[0] || has(&format!("{VARIABLE}/{CONFIGURATION}")),
+        has(&format!("{VARIABLE}/{CONFIGURATION}")),
         "examples/{name} does not read /{CONFIGURATION}, not even in a comment: adapt xtask/src/package/stage.rs"
     );
     Ok(text)

@@ -6,7 +6,7 @@ aws='AWS_REGION=eu-west-1 AWS_ENDPOINT_URL_STS=http://192.0.2.1:4566'
 config=/etc/metadata-proxy/config.toml
 
 # Requests that were answered with the host's credentials, but for the daemon's and those of host processes that say so.
-leaks() { grep ' SECRET$' /run/cloud.log | grep -v -e ' aws-sdk-rust/' -e ' host-process ' || true; }
+leaks() { cat /run/cloud.log /run/near.log 2> /dev/null | grep ' SECRET$' | grep -v -e ' aws-sdk-rust/' -e ' host-process ' || true; }
 
 # A host process, as `leaks` knows it.
 on_host() { busybox timeout 10 wget -qO- -U host-process "$@"; }
@@ -118,14 +118,18 @@ askers() {
         docker inspect "$name" > /dev/null 2>&1 ||
             docker run --detach --restart always --name "$name" --network "${name%-*}" --stop-signal KILL \
                 --label "metadata-proxy.role=$name" --volume /var/lib/asked:/asked \
-                box sh -c "ask 100 /asked/$name; exec sleep 3600" > /dev/null
+                box sh -c "read -r begin _ < /proc/uptime; ask 100 /asked/$name
+                    read -r end _ < /proc/uptime; echo \$begin \$end > /asked/.$name; exec sleep 3600" > /dev/null
     done
     wait_for 60 all_answered
     rm -f /var/lib/asked/*
     sync
 }
 all_asked() { [ "$(ls /var/lib/asked | wc -l)" = 4 ]; }
-all_answered() { [ "$(grep -l ASIA /var/lib/asked/* | wc -l)" = 4 ]; }
+# all_answered [COUNT]
+all_answered() { [ "$(grep -l ASIA /var/lib/asked/* | wc -l)" = "${1:-4}" ]; }
+# The longest that one of them has waited for its role, in seconds.
+longest_wait() { cat /var/lib/asked/.*-? | awk '{ if ($2 - $1 > longest) longest = $2 - $1 } END { print longest }'; }
 
 # answers: one line for each of them, with all that it was answered and how often.
 answers() {
@@ -134,10 +138,39 @@ answers() {
     done
 }
 
+# A stand-in on the host's own loopback, as on a developer's machine; it is asked before the one beyond.
+near() {
+    ip address add 169.254.169.254/32 dev lo
+    systemd-run --quiet --unit near --property StandardOutput=append:/run/near.log \
+        /opt/host/cloud 127.0.0.1:4566 169.254.169.254:80
+    wait_for 20 on_host "$roles"
+}
+not_near() {
+    systemctl stop near.service
+    ip address delete 169.254.169.254/32 dev lo
+    rm -f /run/near.log
+}
+
+# late: the next boot has a container that a plain unit starts, and no network before that has asked for 25 s.
+late() {
+    mkdir -p /etc/systemd/system/cloud.service.d
+    printf '[Service]\nEnvironment=LATE=1\n' > /etc/systemd/system/cloud.service.d/late.conf
+    cp /opt/host/lease.service /opt/host/plain.service /etc/systemd/system/
+    systemctl daemon-reload
+    systemctl --quiet enable lease.service plain.service
+}
+not_late() {
+    systemctl --quiet disable lease.service plain.service
+    rm -r /etc/systemd/system/cloud.service.d /etc/systemd/system/lease.service /etc/systemd/system/plain.service
+    systemctl daemon-reload
+}
+
 # After a scenario that has not come to its end: as it was after the start.
 tidy() {
     [ ! -e /usr/bin/metadata-proxy.away ] || mv /usr/bin/metadata-proxy.away /usr/bin/metadata-proxy
     umount /var/log/metadata-proxy 2> /dev/null
+    [ ! -e /run/near.log ] || not_near
+    [ ! -e /etc/systemd/system/lease.service ] || not_late
     [ ! -d "${config%/*}" ] || configure ''
     [ ! -e /etc/docker/daemon.json ] || engine '{}'
     systemctl reset-failed

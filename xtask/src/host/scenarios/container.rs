@@ -6,9 +6,9 @@ use super::{Scenario, same};
 use crate::host::guest::Guest;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    Scenario { name: "without --cgroupns=host: roles, and the daemon's own", run: serves },
-    Scenario { name: "without --pid=host: refused, with the remedy", run: refused },
-    Scenario { name: "detach, by the image: nothing is left", run: detach },
+    Scenario { name: "without --cgroupns=host: roles, and the daemon's own", quick: false, run: serves },
+    Scenario { name: "without --pid=host: refused, with the remedy", quick: false, run: refused },
+    Scenario { name: "detach, by the image: nothing is left", quick: false, run: detach },
 ];
 
 /// What it is to have, but for the namespaces; read-only, as nothing is written but to memory.

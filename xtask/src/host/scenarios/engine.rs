@@ -6,10 +6,10 @@ use super::{NotHere, Scenario, same};
 use crate::host::guest::Guest;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    Scenario { name: "live-restore: requests while dockerd is gone", run: live_restore },
-    Scenario { name: "containerd's image store: labels of images ignored", run: image_store },
-    Scenario { name: "userns-remap: its own role", run: user_namespaces },
-    Scenario { name: "a Swarm service on an overlay network: its own role", run: swarm },
+    Scenario { name: "live-restore: requests while dockerd is gone", quick: false, run: live_restore },
+    Scenario { name: "containerd's image store: labels of images ignored", quick: false, run: image_store },
+    Scenario { name: "userns-remap: its own role", quick: false, run: user_namespaces },
+    Scenario { name: "a Swarm service on an overlay network: its own role", quick: false, run: swarm },
 ];
 
 fn live_restore(guest: &mut Guest) -> anyhow::Result<String> {

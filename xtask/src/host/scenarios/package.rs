@@ -6,9 +6,9 @@ use super::{Scenario, same};
 use crate::host::guest::Guest;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    Scenario { name: "upgrade under load: no request fails", run: upgrade },
-    Scenario { name: "removal: no daemon, nothing attached, containers stay", run: removal },
-    Scenario { name: "purge: no configuration, no logs", run: purge },
+    Scenario { name: "upgrade under load: no request fails", quick: false, run: upgrade },
+    Scenario { name: "removal: no daemon, nothing attached, containers stay", quick: true, run: removal },
+    Scenario { name: "purge: no configuration, no logs", quick: true, run: purge },
 ];
 
 fn upgrade(guest: &mut Guest) -> anyhow::Result<String> {
@@ -27,7 +27,8 @@ fn upgrade(guest: &mut Guest) -> anyhow::Result<String> {
 }
 
 fn removal(guest: &mut Guest) -> anyhow::Result<String> {
-    let seen = guest.sh("docker run --detach --name stays --stop-signal KILL box sleep 3600 > /dev/null
+    let seen =
+        guest.sh("no_containers; docker run --detach --name stays --stop-signal KILL box sleep 3600 > /dev/null
          dpkg --remove metadata-proxy > /run/dpkg 2>&1 || { cat /run/dpkg; exit 1; }
          pidof metadata-proxy
          ls -d /sys/fs/bpf/metadata-proxy 2> /dev/null

@@ -1,15 +1,18 @@
 //! Everybody's own role, on each kind of network.
 
+use anyhow::{bail, ensure};
+
 use super::{Scenario, same};
 use crate::host::guest::Guest;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
-    Scenario { name: "bridge", run: |guest| own(guest, "bridge") },
-    Scenario { name: "a user's network", run: user_network },
-    Scenario { name: "host", run: |guest| own(guest, "host") },
-    Scenario { name: "none", run: |guest| own(guest, "none") },
-    Scenario { name: "another container's", run: shared },
-    Scenario { name: "a process of the host: the host's", run: host_process },
+    Scenario { name: "bridge", quick: true, run: |guest| own(guest, "bridge") },
+    Scenario { name: "a user's network", quick: true, run: user_network },
+    Scenario { name: "host", quick: true, run: |guest| own(guest, "host") },
+    Scenario { name: "none", quick: true, run: |guest| own(guest, "none") },
+    Scenario { name: "another container's", quick: true, run: shared },
+    Scenario { name: "a process of the host: the host's", quick: true, run: host_process },
+    Scenario { name: "a stand-in on the host's loopback: for the host only", quick: false, run: loopback },
 ];
 
 fn own(guest: &mut Guest, network: &str) -> anyhow::Result<String> {
@@ -33,4 +36,23 @@ fn shared(guest: &mut Guest) -> anyhow::Result<String> {
 fn host_process(guest: &mut Guest) -> anyhow::Result<String> {
     let seen = guest.sh("on_host $roles; echo; on_host ${roles}simulated-host-role | grep -o ASIAHOST.............")?;
     same(&seen, "simulated-host-role\nASIAHOSTSECRET000001\"")
+}
+
+/// The daemon is started anew, so that its own credentials come from there, too.
+fn loopback(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest.sh("near; on_host $roles; echo
+         systemctl restart $unit; wait_for 20 serves
+         own web; own agent --network host; own sealed --network none
+         grep -q ' aws-sdk-rust/.* SECRET$' /run/near.log && echo the daemon, too
+         systemctl stop $unit
+         docker run --rm box ask 1; docker run --rm --network host box ask 1
+         leaks; not_near; systemctl start $unit; wait_for 20 serves")?;
+    let lines: Vec<&str> = seen.lines().collect();
+    let [served @ .., bridged, on_host] = &*lines else { bail!("{seen}") };
+    same(
+        &served.join("\n"),
+        "simulated-host-role\nweb, key of web\nagent, key of agent\nsealed, key of sealed\nthe daemon, too",
+    )?;
+    ensure!([bridged, on_host].iter().all(|line| line.starts_with("nothing: ")), "{seen}");
+    Ok(format!("without the daemon, {bridged}"))
 }
