@@ -15,7 +15,6 @@ use bollard::{
 };
 use futures_util::{Stream, StreamExt as _, future};
 use jiff::Timestamp;
-use tokio::sync::OnceCell;
 use tracing::warn;
 
 use super::{Container, Given, UserNamespace, network};
@@ -28,7 +27,7 @@ const IMAGES: usize = 1024;
 /// The engine, which need not be there yet: at boot the daemon comes first.
 pub(crate) struct Engine {
     host: String,
-    clients: OnceCell<Clients>,
+    clients: Mutex<Option<Arc<Clients>>>,
     /// What an image brings counts as if the container's starter had given it.
     trust_images: bool,
     images: Mutex<HashMap<ImageKey, Arc<Given>>>,
@@ -116,7 +115,7 @@ impl Engine {
     pub(crate) fn new(host: &str, trust_images: bool) -> Self {
         Self {
             host: host.to_owned(),
-            clients: OnceCell::new(),
+            clients: Mutex::default(),
             trust_images,
             images: Mutex::default(),
             remaps: Mutex::default(),
@@ -127,20 +126,31 @@ impl Engine {
         &self.host
     }
 
-    /// Connects, the first time, and agrees on an API version.
-    async fn clients(&self) -> anyhow::Result<&Clients> {
+    async fn clients(&self) -> anyhow::Result<Arc<Clients>> {
+        let known = self.clients.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match known {
+            Some(known) => Ok(known),
+            None => self.connect().await,
+        }
+    }
+
+    /// Connects, and agrees on an API version. bollard 0.21 leaves that out of its paths (fussybeaver/bollard#736), so an engine
+    /// answers by its own newest.
+    async fn connect(&self) -> anyhow::Result<Arc<Clients>> {
         let connect = async {
             let docker = Docker::connect_with_host(&self.host)?;
             let docker = docker.with_timeout(TIMEOUT).negotiate_version().await?;
             let streaming = docker.clone().with_timeout(Duration::from_secs(10 * 365 * 24 * 3600));
-            Ok::<_, Error>(Clients { docker, streaming })
+            Ok::<_, Error>(Arc::new(Clients { docker, streaming }))
         };
-        self.clients.get_or_try_init(|| connect).await.with_context(|| {
+        let clients = connect.await.with_context(|| {
             format!(
                 "cannot reach the Docker engine at {}: is it running, and is --docker-host (DOCKER_HOST) right?",
                 self.host
             )
-        })
+        })?;
+        *self.clients.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&clients));
+        Ok(clients)
     }
 
     /// What it is, in a line.
@@ -222,14 +232,15 @@ impl Engine {
 
     /// Starts, stops and renamings from now on, until the stream breaks.
     pub(super) async fn events(&self) -> anyhow::Result<impl Stream<Item = anyhow::Result<Event>> + use<>> {
-        let streaming = &self.clients().await?.streaming;
+        // The engine may be another by now: an older stream has broken.
+        let clients = self.connect().await?;
         *self.remaps.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let filters = HashMap::from([("type", vec!["container"]), ("event", vec!["start", "die", "rename"])]);
         // The request is sent when the stream is first asked, so the engine has to look back.
         let now = Timestamp::now();
         let since = format!("{}.{:09}", now.as_second(), now.subsec_nanosecond());
         let options = EventsOptionsBuilder::new().since(&since).filters(&filters).build();
-        Ok(streaming.events(Some(options)).filter_map(|message| {
+        Ok(clients.streaming.events(Some(options)).filter_map(|message| {
             let message = message.context("the event stream broke");
             future::ready(message.map(event).transpose())
         }))
