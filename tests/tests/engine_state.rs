@@ -1,6 +1,10 @@
 //! What an engine says of a container, and what the container is: where the two differ.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use bollard::{models::ContainerCreateBody, query_parameters::RenameContainerOptionsBuilder};
@@ -9,7 +13,11 @@ use metadata_proxy_tests::{
     stage::{Stage, daemon_options, role_arn},
     talk::{Plan, ask},
 };
-use tokio::time::sleep;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{UnixListener, UnixStream},
+    time::sleep,
+};
 
 const ROLE: &str = "metadata-proxy.role";
 
@@ -188,4 +196,55 @@ fn role_list_of(stage: &Stage, pid: u32) -> Result<String> {
     );
     let output = stage.command("sh").args(["-c", &join]).output()?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The request lines that pass between the daemon and the engine.
+fn record(host: &TestHost) -> Result<(PathBuf, Arc<Mutex<Vec<String>>>)> {
+    let (socket, engine) = (host.directory().join("recorder.sock"), host.engine().socket().to_owned());
+    let listener = UnixListener::bind(&socket)?;
+    let lines = Arc::<Mutex<Vec<String>>>::default();
+    let record = Arc::clone(&lines);
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let (engine, record) = (engine.clone(), Arc::clone(&record));
+            tokio::spawn(async move {
+                // The daemon's client sends a head at once, and each on a connection of its own.
+                let mut head = vec![0; 4096];
+                let length = client.read(&mut head).await?;
+                let line = String::from_utf8_lossy(&head[..length]).lines().next().unwrap_or_default().to_owned();
+                record.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+                let mut engine = UnixStream::connect(engine).await?;
+                engine.write_all(&head[..length]).await?;
+                tokio::io::copy_bidirectional(&mut client, &mut engine).await
+            });
+        }
+    });
+    Ok((socket, lines))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_version_of_the_api_is_agreed_on_anew_when_the_engine_comes_back() -> Result<()> {
+    let host = TestHost::start().await?;
+    let (socket, lines) = record(&host)?;
+    let stage = Stage::on(host, daemon_options().arg(format!("--docker-host=unix://{}", socket.display()))).await?;
+    stage.engine().restart().await?;
+    // The daemon follows it again: this one never asks by itself.
+    let web = stage.run(ContainerSpec::resident("web").label(ROLE, &role_arn("web"))).await?;
+    let begin = Instant::now();
+    while stage.sts.assume_role_calls(&role_arn("web")) == 0 {
+        ensure!(begin.elapsed() < Duration::from_secs(30), "{}", stage.daemon.log()?);
+        sleep(Duration::from_millis(20)).await;
+    }
+    let lines = lines.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let streams: Vec<_> = lines.iter().enumerate().filter(|(_, line)| line.contains("/events?")).collect();
+    ensure!(streams.len() >= 2, "{lines:#?}");
+    let agreed = |range: &[String]| range.iter().any(|line| line.starts_with("GET /version HTTP"));
+    ensure!(agreed(&lines[..streams[0].0]) && agreed(&lines[streams[0].0..streams[1].0]), "{lines:#?}");
+    // What is asked goes without a version, or with one that this engine has (Docker 20.10: 1.41).
+    let version = |line: &String| Some(line.split_once("/v1.")?.1.split_once('/')?.0.parse::<u32>());
+    for line in &lines {
+        ensure!(version(line).is_none_or(|version| version.is_ok_and(|version| version <= 41)), "{line}");
+    }
+    drop(web);
+    stage.assert_no_leak()
 }

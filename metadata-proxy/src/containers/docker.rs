@@ -16,7 +16,6 @@ use bollard::{
 };
 use futures_util::{Stream, StreamExt as _, future};
 use jiff::Timestamp;
-use tokio::sync::OnceCell;
 use tracing::{info, warn};
 
 use super::{
@@ -50,7 +49,7 @@ pub(crate) struct Engine {
     at: EngineAt,
     /// Whose its socket is; None: not looked at yet.
     owner: Mutex<Option<Owner>>,
-    clients: OnceCell<Clients>,
+    clients: Mutex<Option<Arc<Clients>>>,
     /// What an image brings counts as if the container's starter had given it.
     trust_images: bool,
     images: Mutex<HashMap<ImageKey, Arc<Given>>>,
@@ -156,7 +155,7 @@ impl Engine {
         Self {
             at,
             owner: Mutex::default(),
-            clients: OnceCell::new(),
+            clients: Mutex::default(),
             trust_images,
             images: Mutex::default(),
             remaps: Mutex::default(),
@@ -212,15 +211,26 @@ impl Engine {
         )
     }
 
-    /// Connects, the first time, and agrees on an API version.
-    async fn clients(&self) -> anyhow::Result<&Clients> {
+    async fn clients(&self) -> anyhow::Result<Arc<Clients>> {
+        let known = self.clients.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match known {
+            Some(known) => Ok(known),
+            None => self.connect().await,
+        }
+    }
+
+    /// Connects, and agrees on an API version. bollard 0.21 leaves that out of its paths (fussybeaver/bollard#736), so an engine
+    /// answers by its own newest.
+    async fn connect(&self) -> anyhow::Result<Arc<Clients>> {
         let connect = async {
             let docker = Docker::connect_with_host(self.host())?;
             let docker = docker.with_timeout(TIMEOUT).negotiate_version().await?;
             let streaming = docker.clone().with_timeout(Duration::from_secs(10 * 365 * 24 * 3600));
-            Ok::<_, Error>(Clients { docker, streaming })
+            Ok::<_, Error>(Arc::new(Clients { docker, streaming }))
         };
-        self.clients.get_or_try_init(|| connect).await.with_context(|| self.remedy())
+        let clients = connect.await.with_context(|| self.remedy())?;
+        *self.clients.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&clients));
+        Ok(clients)
     }
 
     /// What it is, in a line.
@@ -306,14 +316,15 @@ impl Engine {
 
     /// Starts, stops and renamings from now on, until the stream breaks.
     pub(super) async fn events(&self) -> anyhow::Result<impl Stream<Item = anyhow::Result<Event>> + use<>> {
-        let streaming = &self.clients().await?.streaming;
+        // The engine may be another by now: an older stream has broken.
+        let clients = self.connect().await?;
         *self.remaps.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let filters = HashMap::from([("type", vec!["container"]), ("event", vec!["start", "die", "rename"])]);
         // The request is sent when the stream is first asked, so the engine has to look back.
         let now = Timestamp::now();
         let since = format!("{}.{:09}", now.as_second(), now.subsec_nanosecond());
         let options = EventsOptionsBuilder::new().since(&since).filters(&filters).build();
-        Ok(streaming.events(Some(options)).filter_map(|message| {
+        Ok(clients.streaming.events(Some(options)).filter_map(|message| {
             let message = message.context("the event stream broke");
             future::ready(message.map(event).transpose())
         }))

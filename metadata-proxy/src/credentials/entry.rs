@@ -139,9 +139,10 @@ impl Entry {
         state.cached.as_ref().filter(|cached| cached.valid(wall)).map(|cached| cached.expires)
     }
 
-    /// Whether the keeper only waits, so that nobody loses anything if the entry goes at once.
+    /// Whether the keeper only waits, with no failure to remember, so that nobody loses anything if the entry goes at once.
     pub(super) fn idle(&self) -> bool {
-        matches!(self.state.borrow().phase, Phase::Idle)
+        let state = self.state.borrow();
+        matches!(state.phase, Phase::Idle) && state.failure.is_none()
     }
 
     pub(super) fn publish(&self, cached: Cached) {

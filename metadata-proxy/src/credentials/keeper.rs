@@ -17,6 +17,9 @@ const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// Pauses after failures that may pass: 1 s, 2 s, 4 s, ... 30 s, each shortened by up to a half at random.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// After the first `AccessDenied`, doubled for each further one: a role or policy that was just made is not known everywhere
+/// for some 12 s (hashicorp/terraform-provider-aws#6566).
+const FIRST_DENIAL: Duration = Duration::from_secs(2);
 /// With less than this left, botocore asks anew before each of its calls, and waits for it
 /// (`RefreshableCredentials._mandatory_refresh_timeout`).
 const FEW_LEFT: Duration = Duration::from_secs(10 * 60);
@@ -89,7 +92,8 @@ async fn work(shared: &Arc<Shared>, entry: &Arc<Entry>) {
                 let now = shared.now();
                 entry.publish_failure(failure, now, now.saturating_add(pause).unwrap_or(now));
                 sleep(pause).await;
-                if shared.retire_released(entry) {
+                // The count of refusals outlasts a container that restarts in a loop.
+                if !refused && shared.retire_released(entry) {
                     return;
                 }
                 // A refusal with nothing to lose waits for somebody to ask: refused containers that never ask cost nothing.
@@ -174,13 +178,17 @@ fn renew_in(left: Duration) -> Duration {
 /// `left` of what is served meanwhile: that is not to run out because of a pause.
 fn pause(failure: &Failure, failures: u32, refusal_memory: Duration, left: Option<Duration>) -> Duration {
     let pause = match failure {
-        Failure::Refused { .. } => refusal_memory,
-        Failure::Unavailable { .. } => {
-            let doubled = FIRST_PAUSE.saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1)));
-            doubled.min(LONGEST_PAUSE).mul_f64(1.0 - 0.5 * random())
-        }
+        Failure::Refused { code, .. } => match doubled(FIRST_DENIAL, failures) {
+            soon if soon < LONGEST_PAUSE && code.starts_with("AccessDenied") => soon.min(refusal_memory),
+            _ => refusal_memory,
+        },
+        Failure::Unavailable { .. } => doubled(FIRST_PAUSE, failures).min(LONGEST_PAUSE).mul_f64(1.0 - 0.5 * random()),
     };
     left.map_or(pause, |left| pause.min(LONGEST_PAUSE).min((left / 4).max(FIRST_PAUSE)))
+}
+
+fn doubled(first: Duration, failures: u32) -> Duration {
+    first.saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1)))
 }
 
 /// In `0.0..1.0`. Good enough to spread load, and no dependency: the standard library seeds each `RandomState` differently.
