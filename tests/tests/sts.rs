@@ -1,6 +1,9 @@
 //! STS in trouble and STS at ease: what containers get, when, and what it costs in calls.
 
-use std::time::{Duration, Instant};
+use std::{
+    io::ErrorKind,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use jiff::{SignedDuration, Timestamp};
@@ -523,5 +526,35 @@ async fn source_credentials_of_the_instance_role_are_replaced_before_they_end() 
     ask_until(&second, "", 200, SOON).await?;
     ensure!(signer("second")?.as_deref() == Some(NEW), "{:?}", signer("second"));
     ensure!(ask(&first, "first").await?.status == 200, "what was fetched is no longer served");
+    Ok(())
+}
+
+/// A proxy is for the network beyond, and would tell of another instance.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_in_the_environment_does_not_catch_the_daemons_own_calls_of_the_metadata_service() -> Result<()> {
+    const PROXY: &str = "http://127.0.0.1:3128";
+    let host = TestHost::start().await?;
+    let proxy = host.bind_tcp("127.0.0.1:3128")?;
+    proxy.set_nonblocking(true)?;
+    let (imds, sts) = (start_imds(&host)?, start_sts(&host)?);
+    const KEY: &str = "ASIAHOSTSECRET000009";
+    sts.add_identity(KEY, HOST_IDENTITY);
+    imds.set_host_key(KEY, Timestamp::now() + Duration::from_secs(3600));
+    let mut options = DaemonOptions::default().env("AWS_ENDPOINT_URL_STS", STS_ENDPOINT).env("NO_PROXY", "192.0.2.1");
+    for variable in ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"] {
+        options = options.env(variable, PROXY);
+    }
+    // Neither keys nor a region but the instance's.
+    let mut daemon = host.daemon(options)?;
+    daemon.wait_ready(Duration::from_secs(30)).await?;
+    let stage = Stage { daemon, sts, imds, host };
+    let web = idle(&stage, "web", "web").await?;
+    ask_until(&web, "", 200, SOON).await?;
+    ensure!(only_call(&stage, "web")?.access_key.as_deref() == Some(KEY));
+    // Nor does it catch what the daemon asks on a container's behalf.
+    let answer = talk::ask(&web, &[Plan::get("/latest/meta-data/instance-id")]).await?;
+    ensure!(answer[0].status == 200, "{answer:?}");
+    let caught = proxy.accept();
+    ensure!(caught.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "{caught:?}");
     Ok(())
 }

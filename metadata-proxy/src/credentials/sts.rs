@@ -10,6 +10,7 @@ use aws_config::imds::credentials::ImdsCredentialsProvider;
 use aws_config::imds::region::ImdsRegionProvider;
 use aws_config::meta::region::{ProvideRegion as _, RegionProviderChain};
 use aws_config::profile::ProfileFileRegionProvider;
+use aws_config::provider_config::ProviderConfig;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{AppName, BehaviorVersion, Region, environment::EnvironmentVariableRegionProvider, imds};
@@ -48,7 +49,7 @@ pub(crate) struct InvalidEndpoint {
 
 /// The AWS client of the daemon.
 pub(crate) struct Aws {
-    imds: Option<imds::Client>,
+    imds: imds::Client,
     link: RwLock<Arc<Link>>,
 }
 
@@ -71,8 +72,8 @@ impl Aws {
     /// `imds_endpoint` is where the host's own role and region are looked up; without it the SDK's rules apply
     /// (`AWS_EC2_METADATA_SERVICE_ENDPOINT`, then 169.254.169.254).
     pub(crate) async fn connect(imds_endpoint: Option<&str>) -> anyhow::Result<Self> {
-        let imds = imds_endpoint.map(imds_client).transpose()?;
-        let region = region(imds.as_ref()).await;
+        let imds = imds_client(imds_endpoint)?;
+        let region = region(&imds).await;
         if region.is_none() {
             tracing::warn!(
                 "no region in AWS_REGION, the profile or the host's metadata service; using STS in {FALLBACK_REGION}. Set AWS_REGION."
@@ -81,7 +82,7 @@ impl Aws {
         // A task of its own, because without root certificates the SDK panics.
         let loaded = tokio::spawn({
             let imds = imds.clone();
-            async move { load(imds.as_ref(), region).await }
+            async move { load(&imds, region).await }
         });
         let loaded = loaded.await.context(
             "the AWS SDK does not start: are there root certificates? Install ca-certificates, or set SSL_CERT_FILE",
@@ -156,10 +157,9 @@ impl Aws {
         let mut link = self.link.write().await;
         if Arc::ptr_eq(&link, stale) {
             tracing::debug!("the daemon's own credentials are missing or no longer valid; loading them anew");
-            let imds = self.imds.as_ref();
             // A metadata service that happens to be silent now does not move the daemon to another region.
-            let region = region(imds).await.or_else(|| stale.client.config().region().cloned());
-            *link = Link::new(load(imds, region).await);
+            let region = region(&self.imds).await.or_else(|| stale.client.config().region().cloned());
+            *link = Link::new(load(&self.imds, region).await);
         }
         Arc::clone(&link)
     }
@@ -211,14 +211,18 @@ fn credentials(answer: AssumeRoleOutput) -> Option<Credentials> {
     })
 }
 
-fn imds_client(endpoint: &str) -> Result<imds::Client, InvalidEndpoint> {
-    let builder = imds::Client::builder().endpoint(endpoint);
-    let builder =
-        builder.map_err(|error| InvalidEndpoint { endpoint: endpoint.to_owned(), reason: error.to_string() })?;
+/// Never by a proxy, which `HTTP_PROXY` means for the network, and which would answer with a metadata service of its own.
+fn imds_client(endpoint: Option<&str>) -> Result<imds::Client, InvalidEndpoint> {
+    let direct = ProviderConfig::without_region().with_http_client(aws_smithy_http_client::Builder::new().build_http());
+    let mut builder = imds::Client::builder().configure(&direct);
+    if let Some(endpoint) = endpoint {
+        let invalid = |reason: String| InvalidEndpoint { endpoint: endpoint.to_owned(), reason };
+        builder = builder.endpoint(endpoint).map_err(|error| invalid(error.to_string()))?;
+    }
     Ok(builder.build())
 }
 
-async fn load(imds: Option<&imds::Client>, region: Option<Region>) -> (Client, Option<SharedCredentialsProvider>) {
+async fn load(imds: &imds::Client, region: Option<Region>) -> (Client, Option<SharedCredentialsProvider>) {
     let region = region.unwrap_or(Region::from_static(FALLBACK_REGION));
     let mut loader = aws_config::defaults(BehaviorVersion::latest())
         .region(region.clone())
@@ -234,15 +238,13 @@ async fn load(imds: Option<&imds::Client>, region: Option<Region>) -> (Client, O
     if let Ok(name) = AppName::new("metadata-proxy") {
         loader = loader.app_name(name);
     }
-    if let Some(imds) = imds {
-        let instance = ImdsCredentialsProvider::builder().imds_client(imds.clone()).build();
-        let chain = DefaultCredentialsChain::builder()
-            .region(region)
-            .imds_client(imds.clone())
-            // For profiles that say `credential_source = Ec2InstanceMetadata`.
-            .with_custom_credential_source("Ec2InstanceMetadata", instance);
-        loader = loader.credentials_provider(chain.build().await);
-    }
+    let instance = ImdsCredentialsProvider::builder().imds_client(imds.clone()).build();
+    let chain = DefaultCredentialsChain::builder()
+        .region(region)
+        .imds_client(imds.clone())
+        // For profiles that say `credential_source = Ec2InstanceMetadata`.
+        .with_custom_credential_source("Ec2InstanceMetadata", instance);
+    loader = loader.credentials_provider(chain.build().await);
     let loaded = loader.load().await;
     (client(aws_sdk_sts::config::Builder::from(&loaded)), loaded.credentials_provider())
 }
@@ -281,11 +283,10 @@ impl ClassifyRetry for NotWhenThrottled {
     }
 }
 
-async fn region(imds: Option<&imds::Client>) -> Option<Region> {
+async fn region(imds: &imds::Client) -> Option<Region> {
     // An empty variable is as good as unset, which the SDK takes for the name of a region.
     let given = EnvironmentVariableRegionProvider::new().region().await.filter(|region| !region.as_ref().is_empty());
-    let instance =
-        imds.iter().fold(ImdsRegionProvider::builder(), |builder, imds| builder.imds_client((*imds).clone()));
+    let instance = ImdsRegionProvider::builder().imds_client(imds.clone());
     let chain = RegionProviderChain::first_try(given).or_else(ProfileFileRegionProvider::new());
     chain.or_else(instance.build()).region().await
 }
