@@ -41,6 +41,7 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.advice("sandboxes", sandboxes());
     table.advice("socket options", interceptor::try_load_options());
     table.line("uplinks", uplinks().await);
+    table.line("name servers", name_servers());
     table.line("exempt cgroups", exempt(config));
     for (name, result) in engines(config).await {
         table.line(&name, result);
@@ -141,6 +142,21 @@ fn cgroup2(place: &Place) -> anyhow::Result<String> {
 async fn uplinks() -> anyhow::Result<String> {
     let names = interceptor::uplinks_on_host().await?;
     Ok(if names.is_empty() { interceptor::NO_UPLINKS.to_owned() } else { names.join(", ") })
+}
+
+/// Other clouds have theirs at the address of the metadata service, where containers reach nothing but us.
+fn name_servers() -> anyhow::Result<String> {
+    // Docker reads the second where the first names systemd-resolved.
+    for file in ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"] {
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        let mut words = text.lines().map(str::split_whitespace);
+        if words.any(|mut line| line.next() == Some("nameserver") && line.next() == Some("169.254.169.254")) {
+            bail!(
+                "{file} names 169.254.169.254, which containers cannot ask for names any more: have Docker give them another, such as a forwarder on the host (\"dns\" in /etc/docker/daemon.json, or --dns)"
+            );
+        }
+    }
+    Ok("none at the address of the metadata service".to_owned())
 }
 
 fn exempt(config: &Config) -> anyhow::Result<String> {

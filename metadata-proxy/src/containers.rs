@@ -5,6 +5,7 @@
 //! happens when the container stops.
 
 pub(crate) mod cgroup;
+mod description;
 pub(crate) mod docker;
 mod follow;
 pub(crate) mod memory;
@@ -35,7 +36,8 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use crate::netns;
-use docker::{Engine, Lookup};
+use description::{Description, Lookup};
+use docker::Engine;
 use memory::Memory;
 
 /// A running container, as the engine describes it.
@@ -285,7 +287,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
         self.engines.iter().map(|followed| followed.engine.host()).collect::<Vec<_>>().join(", ")
     }
 
-    fn admit(&self, engine: usize, description: docker::Description) {
+    fn admit(&self, engine: usize, description: Description) {
         let (id, pid, source) = (description.id.clone(), description.pid, self.engine(engine).name());
         let gone = |error: &dyn Display| debug!("container {} is none, it may be gone: {error}", description.name);
         // Before its cgroup, which then shows that it was the container's process whose namespace that is.

@@ -40,7 +40,7 @@ async fn a_host_that_has_everything_passes() -> Result<()> {
     // What a kernel may lack.
     let warnings = lines(&output, "warning");
     ensure!(warnings.iter().all(|line| line.starts_with("warning socket options")), "{output:?}");
-    ensure!(lines(&output, "ok").len() + warnings.len() == 19, "{output:?}");
+    ensure!(lines(&output, "ok").len() + warnings.len() == 20, "{output:?}");
     let text = String::from_utf8_lossy(&output.stdout);
     for expected in [
         "cgroup driver cgroupfs",
@@ -134,5 +134,21 @@ async fn namespaces_that_are_not_the_hosts_are_named() -> Result<()> {
         let named = failed.iter().any(|line| line.contains(name) && line.contains("--pid=host"));
         ensure!(named, "no {name:?} with --pid=host in {failed:#?}");
     }
+    Ok(())
+}
+
+/// As on hosts of other clouds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_server_at_the_address_of_the_metadata_service_is_named() -> Result<()> {
+    let host = TestHost::start().await?;
+    let _imds = stage::start_imds(&host)?;
+    let _sts = stage::start_sts(&host)?;
+    let script = "echo 'nameserver 169.254.169.254' > \"$1\" && mount --bind \"$1\" /etc/resolv.conf";
+    let file = host.directory().join("resolv.conf");
+    ensure!(host.command("sh").args(["-c", script, "sh"]).arg(file).status()?.success(), "cannot replace resolv.conf");
+    let output = check(&host, &[])?;
+    let failed = lines(&output, "FAILED");
+    let named = |line: &String| line.contains("name servers") && line.contains("daemon.json");
+    ensure!(matches!(failed.as_slice(), [line] if named(line)), "{output:?}");
     Ok(())
 }

@@ -7,11 +7,7 @@ use futures_util::{StreamExt as _, future, stream};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
 
-use super::{
-    Registry,
-    docker::{Event, Lookup},
-    short,
-};
+use super::{Registry, description::Lookup, docker::Event, short};
 
 /// At the engine at a time: one that hangs is not to hold up all others.
 const LOOKS: usize = 8;

@@ -13,11 +13,13 @@ use crate::{netns, volatile};
 /// Between two times that it is written.
 const PAUSE: Duration = Duration::from_millis(200);
 
+type Keeps = dyn Fn(&str, &Container) -> bool + Send + Sync;
+
 pub(crate) struct Memory {
     file: PathBuf,
     changed: Notify,
     /// Whether a variable of a container is worth keeping.
-    keeps: Box<dyn Fn(&str, &Container) -> bool + Send + Sync>,
+    keeps: Box<Keeps>,
 }
 
 impl Memory {

@@ -51,7 +51,7 @@ async fn sts_that_is_asked(
         .retry_config(retries)
         .credentials_provider(Source::new("AKIA", "source-secret", None, None, "test"));
     let link = RwLock::new(Link::new((client(config), None)));
-    (Aws { imds: None, link }, last, requests)
+    (Aws { imds: imds_client(None).unwrap(), link }, last, requests)
 }
 
 fn web() -> RoleSession {
