@@ -49,7 +49,7 @@ impl<'a> Podman<'a> {
 
     fn command(&self) -> Command {
         let mut command = self.host.command("podman");
-        command.args(Self::STORE);
+        command.args(Self::STORE).arg("--runtime=runc");
         command
     }
 

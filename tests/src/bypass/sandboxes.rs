@@ -23,6 +23,13 @@ exec setpriv --reuid=65534 --regid=65534 --clear-groups "
     };
 }
 
+macro_rules! nspawn {
+    () => {
+        "exec systemd-nspawn --quiet --register=no --keep-unit --directory=$SHARE/bundle/root --bind-ro=/usr --bind-ro=/lib \
+            --bind-ro=/lib64 --bind-ro=$PROBE "
+    };
+}
+
 /// What it is, the host's shell command, and what must come of it. None is in a cgroup that is named like a container's.
 const SANDBOXES: &[(&str, &str, Expect)] = &[
     ("connect in a PID namespace", "exec unshare --pid --fork --kill-child $PROBE connect", Nobody),
@@ -45,6 +52,24 @@ const SANDBOXES: &[(&str, &str, Expect)] = &[
         Refused,
     ),
     ("runc run, id of ten letters", "exec runc --root $SHARE/runc run --bundle $SHARE/bundle sandboxed1", Nobody),
+    (
+        "ctr run --net-host",
+        "exec ctr --address /run/engine/containerd.sock run --rm --net-host --cpu-shares=0 --cgroup=/$MACHINE/ctr \
+            --mount type=bind,src=/usr,dst=/usr,options=rbind:ro --mount type=bind,src=/lib,dst=/lib,options=rbind:ro \
+            --mount type=bind,src=/lib64,dst=/lib64,options=rbind:ro \
+            --mount type=bind,src=$PROBE,dst=/probe,options=bind:ro --rootfs $SHARE/bundle/root sandboxed2 /probe connect",
+        Nobody,
+    ),
+    ("systemd-nspawn", concat!(nspawn!(), "$PROBE connect"), Nobody),
+    ("systemd-nspawn -U", concat!(nspawn!(), "--private-users=524288:65536 $PROBE connect"), Nobody),
+    (
+        "podman run --network host --cgroups=disabled",
+        "exec podman --runtime=crun --root=/run/pods --runroot=/run/pods-run --tmpdir=/run/pods-tmp \
+            --cgroup-manager=cgroupfs --events-backend=none run --rm --network=host --cgroups=disabled \
+            --ulimit=nofile=1024:1024 --ulimit=nproc=1024:1024 -v /usr:/usr:ro -v /lib:/lib:ro -v /lib64:/lib64:ro \
+            -v $PROBE:/probe:ro --rootfs $SHARE/bundle/root /probe connect",
+        Nobody,
+    ),
     (
         "frame tap0, rootlesskit with slirp4netns",
         concat!(
@@ -99,7 +124,7 @@ impl Scene {
         let root = bundle.join("root");
         let bind =
             |path: &str| json!({"source": path, "destination": path, "type": "bind", "options": ["rbind", "ro"]});
-        for directory in ["proc", "usr", "lib", "lib64"] {
+        for directory in ["proc", "sys", "dev", "run", "tmp", "etc", "usr", "lib", "lib64"] {
             fs::create_dir_all(root.join(directory)).context("making a root for runc")?;
         }
         let everything = ["CAP_NET_RAW", "CAP_NET_ADMIN"];

@@ -146,6 +146,7 @@ impl Scene {
     pub(super) async fn probe_on_host(&self, script: &str) -> Result<Report> {
         let mut command = self.host.command("timeout");
         command.args([LIMIT, "sh", "-ec", script]).env("PROBE", &self.probe).env("SHARE", &self.share);
+        command.env("MACHINE", self.host.machine().name());
         let output = tokio::process::Command::from(command).output().await.context("running a host process")?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let exit_code = output.status.code().unwrap_or(-1).into();

@@ -8,16 +8,18 @@ use anyhow::Context as _;
 
 use super::{apt, find};
 
-const PROGRAMS: [(&str, &str); 10] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("dockerd", "docker.io"),
     ("containerd", "containerd"),
     ("runc", "runc"),
     ("ip", "iproute2"),
     ("nsenter", "util-linux"),
-    // Another engine, and what the networks of rootless engines end at.
+    // Other engines, and what the networks of rootless ones end at.
     ("newuidmap", "uidmap"),
     ("pasta", "passt"),
     ("podman", "podman"),
+    ("crun", "crun"),
+    ("systemd-nspawn", "systemd-container"),
     ("rootlesskit", "rootlesskit"),
     ("slirp4netns", "slirp4netns"),
 ];
