@@ -3,6 +3,7 @@
 
 pub(crate) mod about;
 pub(crate) mod client;
+mod other;
 pub(crate) mod status;
 
 use std::{
@@ -25,13 +26,20 @@ use tracing::{debug, warn};
 
 use about::About;
 
-use crate::{containers, credentials::Store, metrics, workload::Workload};
+use crate::{
+    containers,
+    credentials::Store,
+    metrics,
+    strangers::{Stranger, Strangers},
+    workload::Workload,
+};
 
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub(crate) struct Admin {
     pub(crate) containers: Arc<containers::Registry<Workload>>,
     pub(crate) credentials: Arc<Store>,
+    pub(crate) strangers: Arc<Strangers>,
     pub(crate) metrics: Registry,
     pub(crate) about: Arc<About>,
 }
@@ -109,6 +117,7 @@ impl Admin {
             (_, "/healthz") => text("ok\n".to_owned()),
             (_, "/metrics") => text(metrics::encode(&self.metrics)),
             (Asker::Root, "/containers") => json(&self.statuses()),
+            (Asker::Root, "/strangers") => json(&self.strangers()),
             (Asker::Root, "/about") => json(&self.about.facts()),
             _ => {
                 let mut answer = text("not found\n".to_owned());
@@ -116,6 +125,14 @@ impl Admin {
                 answer
             }
         }
+    }
+
+    /// Those that are no container's by now.
+    fn strangers(&self) -> Vec<Stranger> {
+        for workload in self.containers.all() {
+            self.strangers.forget(workload.container.cgroup);
+        }
+        self.strangers.all()
     }
 
     fn statuses(&self) -> Vec<status::Status> {

@@ -37,6 +37,7 @@ use crate::{
     log_limit::LogLimit,
     metrics::{self, Metrics},
     server::{self, Server},
+    strangers::Strangers,
     token_key,
     upstream::Upstream,
     workload::{Known, Workload, Workloads},
@@ -88,8 +89,8 @@ fn see_cgroups(place: &Place) {
     }
 }
 
-pub(crate) fn ps(socket: &Path, json: bool) -> anyhow::Result<()> {
-    runtime()?.block_on(client::ps(socket, json))
+pub(crate) fn ps(socket: &Path, json: bool, all: bool) -> anyhow::Result<()> {
+    runtime()?.block_on(client::ps(socket, json, all))
 }
 
 pub(crate) fn explain(socket: &Path, container: &str) -> anyhow::Result<()> {
@@ -166,14 +167,17 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         Some(config::Upstream::Simulated(instance, view)) => (None, Rest::Simulated(instance, view)),
         None => (None, Rest::Nothing),
     };
+    let strangers = Arc::<Strangers>::default();
     let parts = metrics::Parts {
         interceptor: Arc::clone(&interceptor),
         listeners: Arc::clone(&listeners),
         containers: Arc::clone(&registry),
+        strangers: Arc::clone(&strangers),
     };
     let admin = Arc::new(Admin {
         containers: Arc::clone(&registry),
         credentials: Arc::clone(&credentials),
+        strangers: Arc::clone(&strangers),
         metrics: metrics.registry(parts),
         about,
     });
@@ -188,6 +192,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         limits: config.limits,
         metrics,
         usage: server::Usage::default(),
+        strangers: Arc::clone(&strangers),
         log: LogLimit::default(),
     });
     let stop = CancellationToken::new();

@@ -58,12 +58,15 @@ pub(crate) enum Command {
         /// Everything that is known, as JSON
         #[arg(long)]
         json: bool,
+        /// Also who has asked and is no container that an engine has told of; with --json, only these
+        #[arg(long)]
+        all: bool,
     },
-    /// Say how a container came to its role, and how its credentials stand.
+    /// Say how a container came to its role, and how its credentials stand; of anything else, why it has none.
     Explain {
         #[command(flatten)]
         socket: AdminSocket,
-        /// Name, or the beginning of the id
+        /// Name, or the beginning of the id; also `pid:N` for whatever a process is in, and `cgroup:ID`
         container: String,
     },
     /// Remove all BPF programs, links and maps that `run` has left.

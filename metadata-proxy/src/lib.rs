@@ -23,6 +23,7 @@ mod log_limit;
 mod metrics;
 mod netns;
 mod server;
+mod strangers;
 mod token_key;
 mod upstream;
 mod volatile;
@@ -72,7 +73,7 @@ pub fn main() -> ExitCode {
             Ok(config) => app::check(&config, config_only),
             Err(error) => return refuse(&error.to_string()),
         },
-        Command::Ps { socket, json } => app::ps(&socket.path(), json),
+        Command::Ps { socket, json, all } => app::ps(&socket.path(), json, all),
         Command::Explain { socket, container } => app::explain(&socket.path(), &container),
         Command::Detach { config, bpffs, socket } => {
             let (place, bad) = Place::read(config, cli::Place { cgroup: None, bpffs });

@@ -9,7 +9,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::{containers, interceptor::Interceptor, listeners::Listeners, workload::Workload};
+use crate::{containers, interceptor::Interceptor, listeners::Listeners, strangers::Strangers, workload::Workload};
 
 /// What the server counts.
 #[derive(Debug, Default, Clone)]
@@ -63,6 +63,7 @@ pub(crate) struct Parts {
     pub(crate) interceptor: Arc<Interceptor>,
     pub(crate) listeners: Arc<Listeners>,
     pub(crate) containers: Arc<containers::Registry<Workload>>,
+    pub(crate) strangers: Arc<Strangers>,
 }
 
 impl fmt::Debug for Parts {
@@ -85,6 +86,7 @@ impl Collector for Parts {
         let (cgroups, published) = (self.interceptor.cgroups().len(), self.interceptor.listeners().len());
         for (name, help, value) in [
             ("containers", "Running containers that are known", self.containers.all().len()),
+            ("strangers", "Cgroups that have asked and are of no known container", self.strangers.all().len()),
             ("listeners", "Listeners open in network namespaces", self.listeners.count()),
             ("bpf_cgroups", "Entries of the BPF map CGROUPS", cgroups),
             ("bpf_nested", "Entries of the BPF map NESTED", self.interceptor.nested_cgroups()),

@@ -32,6 +32,7 @@ use crate::{
     listeners::Connection,
     log_limit::{Line, LogLimit},
     metrics::Metrics,
+    strangers::Strangers,
     upstream::Upstream,
     workload::{Client, Workload},
 };
@@ -59,6 +60,7 @@ pub(crate) struct Server {
     pub(crate) limits: Limits,
     pub(crate) metrics: Metrics,
     pub(crate) usage: Usage,
+    pub(crate) strangers: Arc<Strangers>,
     /// Of strangers, and of what fails behind us.
     pub(crate) log: LogLimit,
 }
@@ -160,7 +162,10 @@ impl Server {
                 };
                 ("container", answer)
             }
-            Ok(None) => ("stranger", self.answer_stranger(&head, flow, now).map(Body::from)),
+            Ok(None) => {
+                self.strangers.saw(flow, now);
+                ("stranger", self.answer_stranger(&head, flow, now).map(Body::from))
+            }
             Err(error) => ("unresolved", self.unknown_for_now(flow, &error, now).map(Body::from)),
         };
         self.metrics.answered(caller, answer.status());

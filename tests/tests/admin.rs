@@ -316,3 +316,48 @@ async fn nobody_but_root_is_answered_at_the_admin_socket() -> Result<()> {
     ensure!(nobody.trim() == "0" || nobody.contains("ConnectionReset") || nobody.contains("BrokenPipe"), "{nobody}");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_engine_has_told_of_is_shown_and_explained() -> Result<()> {
+    const ASK: &str = "curl -s -m 5 http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+    let stage = Stage::start().await?;
+    let web = stage.run(ContainerSpec::resident("web").label("metadata-proxy.role", &role_arn("web"))).await?;
+    let mut sandbox = stage.command("unshare");
+    sandbox.args(["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", &format!("{ASK}; exec sleep 600")]);
+    let mut sandbox = sandbox.spawn()?;
+    let mut host = stage.command("sleep").arg("600").spawn()?;
+    let explain = |what: &str| -> Result<String> { Ok(text(&ask(&stage, &["explain", what])?)) };
+    let begin = std::time::Instant::now();
+    let (table, row) = loop {
+        let table = text(&ask(&stage, &["ps", "--all"])?);
+        let row = table.lines().find(|line| line.contains("pid ")).map(str::to_owned);
+        if let Some(row) = row {
+            break (table, row);
+        }
+        ensure!(begin.elapsed() < std::time::Duration::from_secs(10), "{table}");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    };
+    let words: Vec<_> = row.split_whitespace().collect();
+    ensure!(words[2..5] == ["curl", "pid", "1"] && row.ends_with("/host"), "{table}");
+    let told: Vec<Value> = serde_json::from_slice(&ask(&stage, &["ps", "--all", "--json"])?.stdout)?;
+    ensure!(told.len() == 1 && told[0]["cgroup"].as_u64() == words[0].parse().ok(), "{told:?}");
+
+    let of_cgroup = explain(&format!("cgroup:{}", words[0]))?;
+    for part in ["pid of its own", "asked        1 times", "role         none", "--exempt-cgroup /"] {
+        ensure!(of_cgroup.contains(part), "no {part:?} in:\n{of_cgroup}");
+    }
+    // The same cgroup, and none of its namespaces.
+    let of_web = explain(&format!("pid:{}", web.pid().await?))?;
+    ensure!(of_web.contains("container    web") && of_web.contains("role/web"), "{of_web}");
+    let failed = ask(&stage, &["explain", "pid:4194304"])?;
+    ensure!(!failed.status.success() && String::from_utf8_lossy(&failed.stderr).contains("no process"), "{failed:?}");
+    let failed = ask(&stage, &["explain", "cgroup:1"])?;
+    ensure!(String::from_utf8_lossy(&failed.stderr).contains("ps --all"), "{failed:?}");
+    let failed = ask(&stage, &["explain", "cgroup:x"])?;
+    ensure!(String::from_utf8_lossy(&failed.stderr).contains("a number"), "{failed:?}");
+    for child in [&mut sandbox, &mut host] {
+        child.kill()?;
+        child.wait()?;
+    }
+    stage.assert_no_leak()
+}

@@ -10,18 +10,23 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
+use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::about::Facts;
-use super::status::{Credentials, Outcome, Status};
+use super::{
+    about::Facts,
+    other::{self, Other},
+    status::{Credentials, Outcome, Status},
+};
 use crate::{
     containers::{UserNamespace, short},
     identity::printable,
+    strangers::Stranger,
     workload::Client,
 };
 
-pub(crate) async fn ps(socket: &Path, json: bool) -> anyhow::Result<()> {
-    let body = get(socket, "/containers").await?;
+pub(crate) async fn ps(socket: &Path, json: bool, all: bool) -> anyhow::Result<()> {
+    let body = get(socket, if json && all { "/strangers" } else { "/containers" }).await?;
     if json {
         println!("{}", String::from_utf8_lossy(&body));
         return Ok(());
@@ -31,7 +36,7 @@ pub(crate) async fn ps(socket: &Path, json: bool) -> anyhow::Result<()> {
         "{:<14}{:<24}{:<12}{:<16}{:<40}{:<36}{:<22}{:>9}  LAST CLIENT",
         "CONTAINER", "NAME", "ENGINE", "NETWORK", "ROLE", "SOURCE", "CREDENTIALS", "REQUESTS"
     );
-    for status in parse(&body)? {
+    for status in parse::<Status>(&body)? {
         let role = status.role.as_deref().unwrap_or("-");
         let role = role.split_once(":role/").map_or(role, |(_, name)| name);
         let source = status.role_source.as_deref().unwrap_or("-");
@@ -51,12 +56,26 @@ pub(crate) async fn ps(socket: &Path, json: bool) -> anyhow::Result<()> {
         );
         println!("{}", printable(&line));
     }
+    if all {
+        let strangers = parse::<Stranger>(&get(socket, "/strangers").await?)?;
+        println!("\n{}", other::HEADER);
+        for stranger in strangers {
+            println!("{}", printable(&other::row(&stranger)));
+        }
+    }
     Ok(())
 }
 
-pub(crate) async fn explain(socket: &Path, container: &str) -> anyhow::Result<()> {
-    let all = parse(&get(socket, "/containers").await?)?;
-    for (what, line) in lines(find(&all, container)?, Timestamp::now()) {
+pub(crate) async fn explain(socket: &Path, given: &str) -> anyhow::Result<()> {
+    let (all, now) = (parse::<Status>(&get(socket, "/containers").await?)?, Timestamp::now());
+    let lines = match Other::parse(given)? {
+        None => lines(find(&all, given)?, now),
+        Some(other) => match all.iter().find(|status| other.is_in(status.cgroup)) {
+            Some(status) => lines(status, now),
+            None => other.lines(&parse(&get(socket, "/strangers").await?)?, now)?,
+        },
+    };
+    for (what, line) in lines {
         println!("{what:<13}{}", printable(&line));
     }
     Ok(())
@@ -188,7 +207,7 @@ fn at_length(verdict: Outcome, credentials: &Credentials, now: Timestamp) -> Vec
     }
 }
 
-fn parse(body: &[u8]) -> anyhow::Result<Vec<Status>> {
+fn parse<T: DeserializeOwned>(body: &[u8]) -> anyhow::Result<Vec<T>> {
     serde_json::from_slice(body).context("the daemon's answer is not understood; is it of another version?")
 }
 

@@ -53,7 +53,7 @@ print(times[len(times) // 2], times[len(times) * 99 // 100], times[-1], max(repe
 fn main() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        ["client", "udp", count] => udp_connects(count.parse()?),
+        ["client", call @ ("connect" | "option" | "packet"), count] => unrelated(call, count.parse()?),
         ["client", target, count] => requests(target, count.parse()?),
         [] => tokio::runtime::Runtime::new()?.block_on(compare()),
         _ => anyhow::bail!("usage: bench [client TARGET COUNT]"),
@@ -94,19 +94,23 @@ async fn compare() -> Result<()> {
         }
     }
 
-    println!(
-        "connect(2) of a UDP socket to elsewhere, and a TCP connection with a request to elsewhere, as a host process"
-    );
+    println!("what has nothing to do with the service, as a host process, in microseconds");
     let Stage { mut daemon, sts: _sts, imds: _imds, host } = stage;
     // The programs stay; what is left of the daemon would only add noise.
     daemon.terminate(Duration::from_secs(10)).await?;
     let run = |target: &str, count: usize| {
         measure(host.command(env::current_exe()?).args(["client", target, &count.to_string()]))
     };
-    let with = (run("udp", CONNECTS)?, run(BARE, REQUESTS)?);
+    let kinds = [
+        ("connect(2) of a UDP socket", "connect", CONNECTS),
+        ("setsockopt(2)", "option", CONNECTS),
+        ("a packet of a UDP socket", "packet", CONNECTS),
+        ("a TCP connection with a request", BARE, REQUESTS),
+    ];
+    let all = || kinds.iter().map(|(_, target, count)| run(target, *count)).collect::<Result<Vec<_>>>();
+    let with = all()?;
     ensure!(host.command(program()?).arg("detach").output()?.status.success(), "detach");
-    let without = (run("udp", CONNECTS)?, run(BARE, REQUESTS)?);
-    for (name, with, without) in [("UDP connect", &with.0, &without.0), ("TCP request", &with.1, &without.1)] {
+    for (((name, ..), with), without) in kinds.iter().zip(with).zip(all()?) {
         println!("  {name}: attached {:.3}, detached {:.3}, ratio {:.3}", with[0], without[0], with[0] / without[0]);
     }
     Ok(())
@@ -174,15 +178,22 @@ fn requests(target: &str, count: usize) -> Result<()> {
     Ok(())
 }
 
-fn udp_connects(count: usize) -> Result<()> {
+fn unrelated(call: &str, count: usize) -> Result<()> {
     const ROUNDS: usize = 20;
-    let socket = UdpSocket::bind("127.0.0.1:0")?;
+    let (socket, other) = (UdpSocket::bind("127.0.0.1:0")?, UdpSocket::bind("127.0.0.1:0")?);
+    let to = other.local_addr()?;
+    let once: Box<dyn Fn() -> std::io::Result<()>> = match call {
+        "connect" => Box::new(|| socket.connect("127.0.0.1:9")),
+        "option" => Box::new(|| socket.set_broadcast(true)),
+        // What the other does not read is dropped.
+        _ => Box::new(|| socket.send_to(b"0", to).map(drop)),
+    };
     let mut best = f64::MAX;
     // The quietest round: on a busy machine the others measure that.
     for _ in 0..ROUNDS {
         let begin = Instant::now();
         for _ in 0..count / ROUNDS {
-            socket.connect("127.0.0.1:9")?;
+            once()?;
         }
         best = best.min(begin.elapsed().as_secs_f64() * 1e6 / (count / ROUNDS) as f64);
     }
