@@ -38,7 +38,7 @@ use crate::{
 pub(crate) use answer::carry_out;
 use body::Body;
 pub(crate) use shares::Limits;
-use shares::Shares;
+use shares::{Entered, Shares};
 
 /// What the daemon's end waits for requests in flight. Meanwhile the kernel holds new connections, before Linux 6.15 for
 /// only two seconds, in which the next daemon has to start as well: one client that does not read its answer must not cost
@@ -127,7 +127,7 @@ impl Server {
             self.refused("requests", limit, &peer.flow);
             return response::empty(StatusCode::SERVICE_UNAVAILABLE, Timestamp::now()).map(Body::from);
         };
-        self.answer(request, peer).await.map(|body| body.of(entered))
+        self.answer(request, peer, &entered).await.map(|body| body.of(entered))
     }
 
     fn refused(&self, what: &'static str, limit: usize, flow: &Flow) {
@@ -142,7 +142,7 @@ impl Server {
         }
     }
 
-    async fn answer(&self, request: Request<Incoming>, peer: &Peer) -> Response<Body> {
+    async fn answer(&self, request: Request<Incoming>, peer: &Peer, entered: &Entered) -> Response<Body> {
         // To us the body means nothing on any path; what is left unread of it closes the connection.
         let (head, body) = request.into_parts();
         let now = Timestamp::now();
@@ -156,7 +156,7 @@ impl Server {
                 let standing = workload.standing();
                 let answer = match standing.decision.verdict {
                     Verdict::Instance => self.pass(Request::from_parts(head.clone(), body), now).await,
-                    _ => self.answer_container(&head, &workload, &standing, now).await,
+                    _ => self.answer_container(&head, &workload, &standing, entered, now).await,
                 };
                 ("container", answer)
             }
