@@ -2,6 +2,7 @@
 
 mod answer;
 mod body;
+mod linger;
 mod shares;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
@@ -37,6 +38,7 @@ use crate::{
 };
 pub(crate) use answer::carry_out;
 use body::Body;
+use linger::Lingering;
 pub(crate) use shares::Limits;
 use shares::{Entered, Shares};
 
@@ -104,7 +106,8 @@ impl Server {
                 let server = Arc::clone(&server);
                 async move { Ok::<_, Infallible>(server.admit(request, &peer).await) }
             });
-            let served = graceful.watch(http(&self.limits).serve_connection(TokioIo::new(connection), service));
+            let connection = TokioIo::new(Lingering::new(connection, connected));
+            let served = graceful.watch(http(&self.limits).serve_connection(connection, service));
             let server = Arc::clone(&self);
             tokio::spawn(async move {
                 if let Err(error) = served.await {
@@ -113,7 +116,6 @@ impl Server {
                         server.metrics.refused(limit);
                     }
                 }
-                drop(connected);
             });
         }
         if timeout(DRAIN, graceful.shutdown()).await.is_err() {
