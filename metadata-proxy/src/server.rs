@@ -2,6 +2,7 @@
 
 mod answer;
 mod body;
+mod linger;
 mod shares;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
@@ -38,8 +39,9 @@ use crate::{
 };
 pub(crate) use answer::carry_out;
 use body::Body;
+use linger::Lingering;
 pub(crate) use shares::Limits;
-use shares::Shares;
+use shares::{Entered, Shares};
 
 /// What the daemon's end waits for requests in flight. Meanwhile the kernel holds new connections, before Linux 6.15 for
 /// only two seconds, in which the next daemon has to start as well: one client that does not read its answer must not cost
@@ -106,7 +108,8 @@ impl Server {
                 let server = Arc::clone(&server);
                 async move { Ok::<_, Infallible>(server.admit(request, &peer).await) }
             });
-            let served = graceful.watch(http(&self.limits).serve_connection(TokioIo::new(connection), service));
+            let connection = TokioIo::new(Lingering::new(connection, connected));
+            let served = graceful.watch(http(&self.limits).serve_connection(connection, service));
             let server = Arc::clone(&self);
             tokio::spawn(async move {
                 if let Err(error) = served.await {
@@ -115,7 +118,6 @@ impl Server {
                         server.metrics.refused(limit);
                     }
                 }
-                drop(connected);
             });
         }
         if timeout(DRAIN, graceful.shutdown()).await.is_err() {
@@ -129,7 +131,7 @@ impl Server {
             self.refused("requests", limit, &peer.flow);
             return response::empty(StatusCode::SERVICE_UNAVAILABLE, Timestamp::now()).map(Body::from);
         };
-        self.answer(request, peer).await.map(|body| body.of(entered))
+        self.answer(request, peer, &entered).await.map(|body| body.of(entered))
     }
 
     fn refused(&self, what: &'static str, limit: usize, flow: &Flow) {
@@ -144,7 +146,7 @@ impl Server {
         }
     }
 
-    async fn answer(&self, request: Request<Incoming>, peer: &Peer) -> Response<Body> {
+    async fn answer(&self, request: Request<Incoming>, peer: &Peer, entered: &Entered) -> Response<Body> {
         // To us the body means nothing on any path; what is left unread of it closes the connection.
         let (head, body) = request.into_parts();
         let now = Timestamp::now();
@@ -158,7 +160,7 @@ impl Server {
                 let standing = workload.standing();
                 let answer = match standing.decision.verdict {
                     Verdict::Instance => self.pass(Request::from_parts(head.clone(), body), now).await,
-                    _ => self.answer_container(&head, &workload, &standing, now).await,
+                    _ => self.answer_container(&head, &workload, &standing, entered, now).await,
                 };
                 ("container", answer)
             }

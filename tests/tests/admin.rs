@@ -67,7 +67,7 @@ async fn ps_and_explain_tell_every_containers_state_and_why() -> Result<()> {
         ("served", &["network      bridge, namespace net:[", "the host's user namespace", "(/", "from 127.0.0.1:"]),
         (
             "refused",
-            &["label metadata-proxy.role", "AccessDenied", "trust policy", "next try when a client asks after "],
+            &["label metadata-proxy.role", "AccessDenied", "trust policy", "next try when a client asks"],
         ),
         (
             "plain",

@@ -152,3 +152,20 @@ async fn a_name_server_at_the_address_of_the_metadata_service_is_named() -> Resu
     ensure!(matches!(failed.as_slice(), [line] if named(line)), "{output:?}");
     Ok(())
 }
+
+/// The kernel of this machine is not locked down; its word for it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kernel_that_is_locked_down_for_confidentiality_is_named() -> Result<()> {
+    let host = TestHost::start().await?;
+    let _imds = stage::start_imds(&host)?;
+    let _sts = stage::start_sts(&host)?;
+    for (mode, lacks) in [("none integrity [confidentiality]", true), ("none [integrity] confidentiality", false)] {
+        let script = "mount -t tmpfs none /sys/kernel/security && echo \"$1\" > /sys/kernel/security/lockdown";
+        ensure!(host.command("sh").args(["-c", script, "sh", mode]).status()?.success(), "cannot write lockdown");
+        let output = check(&host, &[])?;
+        let failed = lines(&output, "FAILED");
+        let named = failed.iter().any(|line| line.contains("kernel") && line.contains("lockdown=integrity"));
+        ensure!(named == lacks && output.status.success() != lacks, "{mode}: {output:?}");
+    }
+    Ok(())
+}

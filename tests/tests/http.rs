@@ -1,10 +1,10 @@
 //! What a container gets over the wire is what the real service would say.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use metadata_proxy_tests::{
-    host::{METADATA_V4, METADATA_V6},
+    host::{ContainerSpec, METADATA_V4, METADATA_V6},
     stage::{Stage, daemon_options, role_arn},
     talk::{Plan, ask, assert_nothing_upstream, head, resident, talk, token, web, with_token},
 };
@@ -279,4 +279,40 @@ async fn every_address_of_the_service_is_served_and_shown_as_the_peer() -> Resul
     }
     assert_nothing_upstream(&stage);
     Ok(())
+}
+
+/// Asks again over a connection that was left alone, at any moment around its end.
+const REUSE: &str = r#"
+import collections, json, socket, threading, time
+REQUEST = b"GET /latest/meta-data/iam/security-credentials/ HTTP/1.1\r\nHost: x\r\n\r\n"
+seen = collections.Counter()
+def ask(pause):
+    sock = socket.create_connection(("169.254.169.254", 80), 10)
+    sock.sendall(REQUEST)
+    sock.recv(65536)
+    time.sleep(pause)
+    try:
+        # In two segments, as some clients do.
+        sock.sendall(REQUEST[:20])
+        time.sleep(0.005)
+        sock.sendall(REQUEST[20:])
+        answer = sock.recv(65536)
+        seen["200" if b" 200 OK" in answer else "end" if answer == b"" else repr(answer)] += 1
+    except OSError as error:
+        seen[repr(error)] += 1
+threads = [threading.Thread(target=ask, args=(1.6 + at * 0.005,)) for at in range(200)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps(seen))
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_is_used_again_as_it_ends_is_not_reset() -> Result<()> {
+    let stage = Stage::start().await?;
+    let spec = ContainerSpec::on_host("again", ["/usr/bin/python3", "-c", REUSE]);
+    let again = stage.run(spec.label("metadata-proxy.role", &role_arn("again"))).await?;
+    let seen: BTreeMap<String, usize> = serde_json::from_str(&stage.finish(&again).await?)?;
+    let count = |what: &str| seen.get(what).copied().unwrap_or_default();
+    ensure!(count("200") > 0 && count("end") > 0 && count("200") + count("end") == 200, "{seen:?}");
+    stage.assert_no_leak()
 }

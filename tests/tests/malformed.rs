@@ -332,7 +332,7 @@ print("afterwards", answered(connect()))
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_with_too_many_connections_harms_only_itself() -> Result<()> {
     // Long enough that none is closed for being idle.
-    let stage = Stage::configured(daemon_options(), "[limits]\nhead-timeout = '60s'\n").await?;
+    let stage = Stage::configured(daemon_options(), "[limits]\nconnections = 256\nhead-timeout = '60s'\n").await?;
     let api = resident(&stage, "api", Some(role_arn("api"))).await?;
     let crowd = ContainerSpec::on_host("crowd", ["/usr/bin/python3", "-c", CROWD])
         .label("metadata-proxy.role", &role_arn("crowd"));

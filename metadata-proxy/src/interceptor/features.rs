@@ -47,6 +47,13 @@ const HELPERS: [Helper; 9] = [
 
 /// Names everything that is missing, each with the first kernel that has it.
 pub(crate) fn require() -> anyhow::Result<()> {
+    // The verifier would only say that a helper is unknown.
+    let lockdown = std::fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
+    if lockdown.contains("[confidentiality]") {
+        bail!(
+            "the kernel is locked down for confidentiality (/sys/kernel/security/lockdown), so that no BPF program may read its memory, as those do that know containers' cgroups as they are made: boot with lockdown=integrity, or none"
+        );
+    }
     let mut missing = Vec::new();
     for (program, helper, feature, since) in HELPERS {
         // A question that the kernel does not understand is left to the verifier, who says more.

@@ -1,5 +1,7 @@
 //! What a request is answered: by the protocol, with credentials, or with what the real service says.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::{HeaderValue, Request, StatusCode, header::CONNECTION, request::Parts};
 use hyper::body::Incoming;
@@ -8,11 +10,11 @@ use metadata_proxy_common::Flow;
 use secrecy::ExposeSecret as _;
 use tracing::{debug, info, warn};
 
-use super::{Response, Server, body::Body};
+use super::{Response, Server, body::Body, shares::Entered};
 use crate::{
     audit,
     containers::EngineError,
-    credentials::{Failure, RoleSession},
+    credentials::{Credentials, Failure, RoleSession},
     identity::RoleArn,
     imds::{
         Action, Caller, Forward, IamRequest, PLAIN, Routed,
@@ -41,6 +43,7 @@ impl Server {
         head: &Parts,
         workload: &Workload,
         standing: &Standing,
+        entered: &Entered,
         now: Timestamp,
     ) -> Response<Body> {
         let failed = match standing.role() {
@@ -56,7 +59,10 @@ impl Server {
             view: &standing.decision.view,
         };
         let iam = async |request| match standing.role() {
-            Some((arn, session)) => self.hand_out(request, arn, session, workload, head.uri.path()).await,
+            Some((arn, session)) => {
+                let credentials = entered.apart(self.credentials.get(session)).await;
+                self.hand_out(request, arn, session, credentials, workload, head.uri.path())
+            }
             // Its account is not known yet; without any role there is no such request.
             None => response::empty(StatusCode::SERVICE_UNAVAILABLE, now),
         };
@@ -72,15 +78,15 @@ impl Server {
         answer
     }
 
-    async fn hand_out(
+    fn hand_out(
         &self,
         request: IamRequest,
         arn: &RoleArn,
         session: &RoleSession,
+        credentials: Result<Arc<Credentials>, Failure>,
         workload: &Workload,
         path: &str,
     ) -> Response {
-        let credentials = self.credentials.get(session).await;
         // Taken after the wait.
         let now = Timestamp::now();
         if workload.standing().role() != Some((arn, session)) {

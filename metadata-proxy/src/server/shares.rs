@@ -9,9 +9,9 @@ use std::{
 /// Of one container, or of a cgroup that belongs to none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Limits {
-    /// Open at a time. An SDK has one or two.
+    /// Open at a time. An SDK has one or two; a program may start hundreds of processes at once.
     pub(crate) connections: usize,
-    /// Asked and not yet taken in full.
+    /// Asked and not yet taken in full, without those that wait for credentials.
     pub(crate) requests: usize,
     /// Bytes in the head of a request. An SDK's has about 500, in 10 headers.
     pub(crate) head_size: usize,
@@ -22,7 +22,7 @@ pub(crate) struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 256, requests: 128, head_size: 8192, headers: 64, head_timeout: Duration::from_secs(2) }
+        Self { connections: 512, requests: 128, head_size: 8192, headers: 64, head_timeout: Duration::from_secs(2) }
     }
 }
 
@@ -42,6 +42,16 @@ impl Shares {
         Some(Entered { shares: Arc::clone(self), cgroup })
     }
 
+    fn leave(&self, cgroup: u64) {
+        let mut counts = self.lock();
+        if let Some(count) = counts.get_mut(&cgroup) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&cgroup);
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, usize>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -53,15 +63,27 @@ pub(super) struct Entered {
     cgroup: u64,
 }
 
+impl Entered {
+    /// Does not count while this is waited for: what costs nothing, however many wait for the same.
+    pub(super) async fn apart<T>(&self, wait: impl Future<Output = T>) -> T {
+        self.shares.leave(self.cgroup);
+        // Whoever gives up waiting is counted again, and then drops it.
+        let _back = Back(self);
+        wait.await
+    }
+}
+
+struct Back<'a>(&'a Entered);
+
+impl Drop for Back<'_> {
+    fn drop(&mut self) {
+        *self.0.shares.lock().entry(self.0.cgroup).or_default() += 1;
+    }
+}
+
 impl Drop for Entered {
     fn drop(&mut self) {
-        let mut counts = self.shares.lock();
-        if let Some(count) = counts.get_mut(&self.cgroup) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.cgroup);
-            }
-        }
+        self.shares.leave(self.cgroup);
     }
 }
 
@@ -78,6 +100,18 @@ mod tests {
         entered.pop();
         assert!(shares.enter(1, 3).is_some());
         drop(entered);
+        assert!(shares.lock().is_empty());
+    }
+
+    #[tokio::test]
+    async fn who_waits_apart_has_no_share_and_who_gives_up_leaves_none_behind() {
+        let shares = Arc::<Shares>::default();
+        let (first, second) = (shares.enter(1, 1).unwrap(), Arc::clone(&shares));
+        let other = first.apart(async { second.enter(1, 1).unwrap() }).await;
+        assert_eq!(shares.lock().get(&1), Some(&2));
+        drop(other);
+        let waiting = async move { first.apart(std::future::pending::<()>()).await };
+        assert!(tokio::time::timeout(Duration::from_millis(1), waiting).await.is_err());
         assert!(shares.lock().is_empty());
     }
 }
