@@ -65,10 +65,7 @@ async fn ps_and_explain_tell_every_containers_state_and_why() -> Result<()> {
             &["label metadata-proxy.role", ", valid until ", "to be renewed at ", "Wget", "duration: 3600 s"][..],
         ),
         ("served", &["network      bridge, namespace net:[", "the host's user namespace", "(/", "from 127.0.0.1:"]),
-        (
-            "refused",
-            &["label metadata-proxy.role", "AccessDenied", "trust policy", "next try when a client asks"],
-        ),
+        ("refused", &["label metadata-proxy.role", "AccessDenied", "trust policy", "next try when a client asks"]),
         (
             "plain",
             &["neither a label nor the environment", "role         none", "Wget", "remedy       to give it a role"],
