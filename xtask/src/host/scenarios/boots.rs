@@ -17,7 +17,7 @@ const HOST_ROLE: &str = "simulated-host-role";
 fn restart_always(guest: &mut Guest) -> anyhow::Result<String> {
     guest.sh("askers")?;
     let booted = guest.reboot()?;
-    let answers = guest.sh("wait_for 60 serves; wait_for 60 all_answered; answers")?;
+    let answers = guest.sh("wait_for 120 serves; wait_for 120 all_answered; answers")?;
     let refused = before_their_role(&answers)?;
     ensure!(refused.len() == 4, "{answers}");
     let (errors, longest) = (refused.iter().filter(|refused| **refused).count(), guest.sh("longest_wait")?);
@@ -78,7 +78,7 @@ fn no_daemon(guest: &mut Guest) -> anyhow::Result<String> {
     ensure!(docker.contains("Cannot connect"), "{}", seen.text);
     let back = guest.sh(
         "mv /usr/bin/metadata-proxy.away /usr/bin/metadata-proxy
-         systemctl reset-failed; systemctl start docker.service $unit; wait_for 20 serves; wait_for 60 all_answered; answers",
+         systemctl reset-failed; systemctl start docker.service $unit; wait_for 60 serves; wait_for 120 all_answered; answers",
     )?;
     ensure!(before_their_role(&back)?.len() == 4, "{back}");
     Ok(format!("{booted}; failed: {failed}; put back and started, containers get their roles"))
