@@ -10,7 +10,7 @@ use super::port::Answer;
 use super::scenarios::{Chosen, NotHere};
 
 /// For each step; an emulated processor is slow.
-const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// The last that the daemon and systemd have to say, but for what our containers cause many times.
 const LOG: &str = "journalctl --no-pager --boot --unit 'metadata-proxy*' | grep -v 'handed out' | tail -n 40";

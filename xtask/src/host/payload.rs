@@ -41,6 +41,8 @@ pub(super) fn make(package: &Path, image: bool, target: Target, scratch: &Path) 
     }
     earlier(package, &folder.join("before.deb"), scratch)?;
     let disk = scratch.join("payload.disk");
+    // Another run's guests keep theirs.
+    let _ = fs::remove_file(&disk);
     disk_of(&folder, &disk, "512M")?;
     Ok(disk)
 }

@@ -97,6 +97,14 @@ main_pid() {
 }
 replaced() { [ "$(main_pid)" != "$1" ] && [ "$(main_pid)" != no-daemon ]; }
 
+# For how long containers' connections had to wait at the last replacement of the daemon, in seconds.
+away() {
+    journalctl --no-pager --boot --unit "$unit" --output short-unix | awk '
+        /: closing [0-9]+ listeners/ { from = $1 }
+        /: attached: / { if (from) away = $1 - from; from = 0 }
+        END { printf "%.1f\n", away }'
+}
+
 # configure TEXT: the daemon's file, which it has not read yet.
 configure() { echo "$1" > "$config"; }
 

@@ -21,9 +21,11 @@ fn upgrade(guest: &mut Guest) -> anyhow::Result<String> {
          wait_for 20 serves; next web agent > /dev/null; loaded web agent",
     )?;
     let lines: Vec<&str> = seen.lines().collect();
-    let ["replaced", bridged, on_host] = *lines else { anyhow::bail!("{seen}") };
-    ensure!([bridged, on_host].iter().all(|line| line.ends_with(", 0 failed")), "{seen}");
-    Ok(format!("{bridged}; {on_host}"))
+    let ["replaced", failed @ .., bridged, on_host] = &*lines else { anyhow::bail!("{seen}") };
+    let away = guest.sh("away")?;
+    let all = failed.is_empty() && [bridged, on_host].iter().all(|line| line.ends_with(", 0 failed"));
+    ensure!(all, "{seen}; the daemon was away for {away} s, and connections are held for four");
+    Ok(format!("{bridged}; {on_host}; the daemon was away for {away} s"))
 }
 
 fn removal(guest: &mut Guest) -> anyhow::Result<String> {
