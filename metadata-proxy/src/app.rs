@@ -134,11 +134,6 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let Interception { interceptor, wanted, uplinks, worker, host_netns, cgroup2, exemptions } =
         interception::start(&config, &mut background).await?;
 
-    let metrics = Metrics::default();
-    let about = Arc::new(About::new(&config));
-    let audit = config.audit_log.map(|target| Audit::start(target, metrics.audit_lost())).transpose()?.map(Arc::new);
-    let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
-    let credentials = Arc::new(Store::new(Arc::clone(&aws), config.credentials));
     let (sender, connections) = mpsc::channel(QUEUE);
     // The host's are guarded already.
     let guard = move |namespace, cookie| {
@@ -146,6 +141,16 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
             .then(|| AbortOnDropHandle::new(tokio::spawn(Arc::clone(&uplinks).guard_in(namespace, cookie))))
     };
     let listeners = Listeners::new(Arc::clone(&interceptor), worker, guard, sender);
+    // Connections that are held by now are accepted at once, and answered when AWS and the engine are there: they are held for
+    // a few seconds only.
+    let held = Arc::clone(&listeners).serve_wanted(wanted);
+    background.spawn(async { held.await.context("cannot read the kernel's requests") });
+
+    let metrics = Metrics::default();
+    let about = Arc::new(About::new(&config));
+    let audit = config.audit_log.map(|target| Audit::start(target, metrics.audit_lost())).transpose()?.map(Arc::new);
+    let aws = Arc::new(Aws::connect(config.imds_endpoint.as_deref()).await?);
+    let credentials = Arc::new(Store::new(Arc::clone(&aws), config.credentials));
     let require_imdsv2 = config.identity.require_imdsv2;
     let workloads = Arc::new(Workloads {
         interceptor: Arc::clone(&interceptor),
@@ -160,6 +165,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let looking = Arc::clone(&workloads);
     let memory = Memory::new(move |variable, container| looking.looks_at(variable, container));
     let registry = Registry::new(engines, cgroup2, memory, move |container, before| admit.admit(container, before));
+    registry.recall();
     tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry), Arc::clone(&about)));
     tokio::spawn(reload_on(hangup, reload, workloads, Arc::clone(&registry), audit.clone(), fixed, Arc::clone(&about)));
     let (upstream, rest) = match config.upstream {
@@ -202,10 +208,6 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     if let Some(address) = config.metrics_address {
         tokio::spawn(admin.serve_metrics(address));
     }
-    registry.recall();
-    // Connections that are held by now do not wait for the engine.
-    let held = Arc::clone(&listeners).serve_wanted(wanted);
-    background.spawn(async { held.await.context("cannot read the kernel's requests") });
     background.spawn(sweep(Arc::clone(&listeners), exemptions, Arc::clone(&interceptor)));
     let remembering = Arc::clone(&registry);
     background.spawn(async move { Ok(remembering.remember().await) });

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use bollard::models::{HostConfig, RestartPolicy, RestartPolicyNameEnum};
 use metadata_proxy_tests::{
     host::{ContainerSpec, Network, TestHost},
+    imds::Fault,
     stage::{self, daemon_options, role_arn},
 };
 
@@ -83,5 +84,22 @@ async fn the_daemon_ends_in_order_where_no_engine_ever_comes() -> Result<()> {
     daemon.wait_for("its attempt", Duration::from_secs(10), |log| log.contains("cannot follow the engine")).await?;
     let status = daemon.terminate(Duration::from_secs(5)).await?;
     ensure!(status.success(), "{status}: {}", daemon.log()?);
+    Ok(())
+}
+
+/// The region is asked of a service that does not answer, and a connection is held for four seconds only.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_do_not_wait_until_the_daemon_knows_its_aws() -> Result<()> {
+    let host = TestHost::start().await?;
+    let (imds, _sts) = (stage::start_imds(&host)?, stage::start_sts(&host)?);
+    imds.set_fault(Some(Fault::Delay(Duration::from_secs(30))));
+    let spec = ContainerSpec::on_host("early", ["sleep", "600"]).label("metadata-proxy.role", &role_arn("early"));
+    let container = host.run(spec).await?;
+    let mut daemon = host.daemon(daemon_options().env("AWS_REGION", ""))?;
+    daemon.wait_for("attached", Duration::from_secs(20), |log| log.contains("attached: ")).await?;
+    let url = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+    let finished = container.exec(["curl", "-s", "--connect-timeout", "1", "--max-time", "60", url]).await?;
+    ensure!(finished.stdout == "early", "{finished:?} {}", daemon.log()?);
+    ensure!(daemon.log()?.contains("no region in AWS_REGION"), "the region was known: {}", daemon.log()?);
     Ok(())
 }
