@@ -74,7 +74,10 @@ fn with_cargo(filter: Option<&str>) -> anyhow::Result<()> {
     // The whole workspace: unit tests stand beside their code, end-to-end tests in `tests`. The build
     // of the package's programs comes along, which the containers run.
     let mut tests = cargo();
-    tests.args(["test", "--workspace", "--bins", "--lib", "--tests"]).args(filter).args(["--", THREADS]);
+    tests
+        .args(["test", "--workspace", "--bins", "--lib", "--tests", "--no-fail-fast"])
+        .args(filter)
+        .args(["--", THREADS]);
     tests.env("METADATA_PROXY_BIN", daemon).env("METADATA_PROXY_CLOUD_INIT", install::cloud_init()?);
     run(with_clients(&mut tests)?)
 }
