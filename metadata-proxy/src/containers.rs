@@ -210,7 +210,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
 
     /// A container that has just started is running before the engine says so.
     async fn look_closer(&self, flow: &Flow) -> anyhow::Result<Option<Arc<W>>> {
-        if self.engines.iter().all(|followed| followed.engine.is_absent()) {
+        if self.all_absent() {
             bail!("there is none yet ({})", self.hosts());
         }
         // Only a hint which container to ask for: what the engine says decides.

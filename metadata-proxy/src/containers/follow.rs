@@ -55,7 +55,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
         }
     }
 
-    fn all_absent(&self) -> bool {
+    pub(super) fn all_absent(&self) -> bool {
         self.engines.iter().all(|followed| followed.engine.is_absent())
     }
 

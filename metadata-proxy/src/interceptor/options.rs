@@ -22,14 +22,14 @@ use super::{
     syscall,
 };
 
-pub(super) const ANY: &str = "imds_setsockopt_any";
+const ANY: &str = "imds_setsockopt_any";
 const OF_CGROUP: &str = "imds_setsockopt";
 const FUNCTION: &str = "security_socket_setsockopt";
 /// For a map that the program does not use: the kernel would refuse it.
 const NO_MAP: i32 = -1;
 
 /// What comes of it where it is not in force, or not for all.
-pub(super) const OPEN: &str = "containers that have CAP_NET_RAW and a network device of the host's can send frames past the guard of the uplinks (PACKET_QDISC_BYPASS, AF_XDP)";
+const OPEN: &str = "containers that have CAP_NET_RAW and a network device of the host's can send frames past the guard of the uplinks (PACKET_QDISC_BYPASS, AF_XDP)";
 const OPEN_TO_32_BIT: &str = "by 32-bit programs";
 
 /// Attaches whichever the kernel takes. `any` is what `load` has made.
