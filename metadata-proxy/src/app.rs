@@ -211,7 +211,8 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     background.spawn(sweep(Arc::clone(&listeners), exemptions, Arc::clone(&interceptor)));
     let remembering = Arc::clone(&registry);
     background.spawn(async move { Ok(remembering.remember().await) });
-    background.spawn(async move { Ok(registry.follow().await) });
+    let following = Arc::clone(&registry);
+    background.spawn(async move { Ok(following.follow().await) });
 
     // None of these ends by itself.
     let ended = tokio::select! {
@@ -221,6 +222,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         ended = &mut server => ended.context("the server failed"),
     };
     background.shutdown().await;
+    registry.remember_last();
     listeners.shut_down().await;
     stop.cancel();
     if !server.is_finished()

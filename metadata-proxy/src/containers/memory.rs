@@ -2,8 +2,9 @@
 //! containers run on (`live-restore`). In a tmpfs, for the environment may have secrets; of that only what decisions look
 //! at is kept.
 
-use std::{convert::Infallible, path::PathBuf, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, path::PathBuf, sync::Arc, time::Duration};
 
+use futures_util::FutureExt as _;
 use tokio::{sync::Notify, time::sleep};
 use tracing::{debug, info, warn};
 
@@ -79,16 +80,26 @@ impl<W: AsRef<Container> + Send + Sync + 'static> Registry<W> {
         let mut told = false;
         loop {
             self.memory.changed.notified().await;
-            let all: Vec<_> = self.all().iter().map(|workload| self.memory.reduced((**workload).as_ref())).collect();
-            let kept = serde_json::to_vec(&all)
-                .map_err(Into::into)
-                .and_then(|text| volatile::replace(&self.memory.file, &text));
-            if let Err(error) = kept
+            if let Err(error) = self.keep()
                 && !std::mem::replace(&mut told, true)
             {
                 warn!("a daemon that starts while the engine is away will know no containers: {error}");
             }
             sleep(PAUSE).await;
         }
+    }
+
+    /// Keeps what came within the last pause, once the daemon ends.
+    pub(crate) fn remember_last(&self) {
+        if self.memory.changed.notified().now_or_never().is_some()
+            && let Err(error) = self.keep()
+        {
+            debug!("the last changes are not kept for the next daemon: {error}");
+        }
+    }
+
+    fn keep(&self) -> io::Result<()> {
+        let all: Vec<_> = self.all().iter().map(|workload| self.memory.reduced((**workload).as_ref())).collect();
+        volatile::replace(&self.memory.file, &serde_json::to_vec(&all)?)
     }
 }
