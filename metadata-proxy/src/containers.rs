@@ -10,6 +10,7 @@ pub(crate) mod docker;
 mod follow;
 pub(crate) mod memory;
 mod network;
+mod on_disk;
 mod socket;
 
 use std::{
@@ -241,7 +242,7 @@ impl<W: Send + Sync + 'static> Registry<W> {
     /// Asks the engines at the same time, and waits for no more of them than it takes to find one that has it. An error
     /// where nobody has it, and one could not be asked.
     async fn ask_all(&self, id: &str) -> anyhow::Result<Option<Found>> {
-        let ask = |engine: usize| async move { (engine, self.engine(engine).inspect(id).await) };
+        let ask = |engine: usize| async move { (engine, self.ask(engine, id).await) };
         let mut answers: FuturesUnordered<_> = (0..self.engines.len()).map(ask).collect();
         let mut result = Ok(None);
         while let Some((engine, answer)) = answers.next().await {

@@ -14,7 +14,7 @@ mod simulated;
 mod token;
 
 use http::request::Parts;
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, Method, StatusCode, Uri};
 use jiff::Timestamp;
 
 pub(crate) use self::iam::IamRequest;
@@ -35,7 +35,7 @@ pub(crate) struct Caller<'a> {
     pub(crate) id: &'a str,
     /// The bare name of its role: the last component of the ARN's path.
     pub(crate) role: Option<&'a str>,
-    /// There are no credentials of that role now, and asking STS has failed: meanwhile no listing leads there.
+    /// There are no credentials of that role now: meanwhile no listing leads there.
     pub(crate) failed: bool,
     /// Whether it has to present a session token (IMDSv2 only).
     pub(crate) require_token: bool,
@@ -76,6 +76,12 @@ pub(crate) enum Rest {
     Real(Policy),
     /// From ourselves: what the operator's view does not hide of it.
     Simulated(Instance, View),
+}
+
+/// Whether what is listed there depends on whether there are credentials.
+pub(crate) fn lists_credentials(target: &Uri) -> bool {
+    CanonicalPath::parse(target)
+        .is_ok_and(|path| matches!(path.segments().as_slice(), [_, "meta-data"] | [_, "meta-data", "iam"]))
 }
 
 impl Imds {

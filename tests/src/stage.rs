@@ -80,6 +80,20 @@ impl Stage {
     }
 
     /// Nothing that has to do with credentials has reached the real service.
+    /// What a process of that container's is told, which no engine has to start: in its cgroup and its network. It waits for
+    /// `limit` seconds.
+    pub fn role_list_of(&self, pid: u32, limit: u32) -> Result<String> {
+        const ROLES: &str = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let cgroup = cgroup.lines().find_map(|line| line.strip_prefix("0::")).context("no cgroup")?;
+        let join = format!(
+            "echo $$ > /sys/fs/cgroup{cgroup}/cgroup.procs &&
+             exec nsenter --net=/proc/{pid}/ns/net curl -s -m {limit} {ROLES}"
+        );
+        let output = self.command("sh").args(["-c", &join]).output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     pub fn assert_no_leak(&self) -> Result<()> {
         let leaked = self.imds.credential_requests();
         ensure!(leaked.is_empty(), "the real metadata service was asked for credentials: {leaked:#?}");

@@ -174,28 +174,16 @@ async fn a_daemon_that_starts_while_the_engine_is_away_knows_whom_the_one_before
     // The engine that would run a program in them is away.
     for (name, pid) in [("web", asks_web), ("job", asks_job)] {
         let begin = Instant::now();
-        while role_list_of(&stage, pid)? != name {
-            ensure!(begin.elapsed() < Duration::from_secs(20), "{name}: {:?}", role_list_of(&stage, pid)?);
+        while stage.role_list_of(pid, 5)? != name {
+            ensure!(begin.elapsed() < Duration::from_secs(20), "{name}: {:?}", stage.role_list_of(pid, 5)?);
             sleep(Duration::from_millis(50)).await;
         }
     }
     stage.engine().resume().await?;
     stage.daemon.wait_ready(Duration::from_secs(30)).await?;
-    ensure!(role_list_of(&stage, asks_web)? == "web" && role_list_of(&stage, asks_job)? == "job", "changed");
+    ensure!(stage.role_list_of(asks_web, 5)? == "web" && stage.role_list_of(asks_job, 5)? == "job", "changed");
     ensure!(stage.sts.assume_role_calls(&role_arn("web")) == 2, "once for each daemon");
     stage.assert_no_leak()
-}
-
-/// As a process of that container: in its cgroup and its network.
-fn role_list_of(stage: &Stage, pid: u32) -> Result<String> {
-    const ROLES: &str = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
-    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let cgroup = cgroup.lines().find_map(|line| line.strip_prefix("0::")).context("no cgroup")?;
-    let join = format!(
-        "echo $$ > /sys/fs/cgroup{cgroup}/cgroup.procs && exec nsenter --net=/proc/{pid}/ns/net curl -s -m 5 {ROLES}"
-    );
-    let output = stage.command("sh").args(["-c", &join]).output()?;
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// The request lines that pass between the daemon and the engine.

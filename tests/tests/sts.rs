@@ -149,6 +149,11 @@ async fn an_sts_that_hangs_for_one_role_costs_others_nothing() -> Result<()> {
     stage.sts.set_role_fault(&role_arn("stuck"), Some(Fault::Hang));
     let stuck = idle(&stage, "stuck", "stuck").await?;
     let lively = idle(&stage, "lively", "lively").await?;
+    // Crawlers do not stumble over what is not to be had yet, and do not wait for it.
+    let begin = Instant::now();
+    let listed = talk::ask(&stuck, &["/latest/meta-data/", "/latest/meta-data/iam"].map(Plan::get)).await?;
+    ensure!(listed[0].status == 200 && !listed[0].body.contains("iam") && listed[1].status == 404, "{listed:?}");
+    ensure!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
     let (waiting, served) = tokio::join!(ask(&stuck, ""), async {
         sleep(Duration::from_millis(300)).await;
         ask(&lively, "lively").await

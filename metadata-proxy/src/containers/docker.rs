@@ -21,6 +21,7 @@ use tracing::{info, warn};
 use super::{
     Given,
     description::{Lookup, lookup, settings_of},
+    on_disk::OnDisk,
     socket::{self, Owner},
 };
 
@@ -56,6 +57,8 @@ pub(crate) struct Engine {
     images: Mutex<HashMap<ImageKey, Arc<Given>>>,
     /// Whether it gives containers a user namespace of their own unless told otherwise; None: not asked yet.
     remaps: Mutex<Option<bool>>,
+    /// Where its files are, as far as that is known.
+    on_disk: Mutex<Option<OnDisk>>,
 }
 
 /// Id and architecture: such an image never changes.
@@ -77,8 +80,10 @@ pub(crate) enum Event {
 impl Engine {
     /// Asks nothing yet.
     pub(crate) fn new(at: EngineAt, trust_images: bool) -> Self {
+        let host = ["unix:///var/run/docker.sock", "unix:///run/docker.sock"].contains(&&*at.host);
         Self {
             at,
+            on_disk: Mutex::new(host.then(OnDisk::of_the_host)),
             owner: Mutex::default(),
             clients: Mutex::default(),
             trust_images,
@@ -196,6 +201,12 @@ impl Engine {
         Ok(Lookup::Running(description))
     }
 
+    /// From its files, while it does not answer. None: there is nothing to be had of this container.
+    pub(super) fn lookup_on_disk(&self, id: &str) -> Option<Lookup> {
+        let on_disk = self.on_disk.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        on_disk.filter(|_| matches!(self.of_user(), Ok(None)))?.lookup(id, self.trust_images)
+    }
+
     /// The settings in an image; None if the engine cannot tell.
     async fn image(&self, id: &str, architecture: Option<&String>) -> anyhow::Result<Option<Arc<Given>>> {
         let images = || self.images.lock().unwrap_or_else(PoisonError::into_inner);
@@ -236,6 +247,9 @@ impl Engine {
         let info = self.clients().await?.docker.info().await.context("cannot ask the engine about itself")?;
         let remaps = info.security_options.unwrap_or_default().iter().any(|option| option.contains("name=userns"));
         *known() = Some(remaps);
+        if let Some(root) = info.docker_root_dir.filter(|_| self.at.socket().is_some()) {
+            *self.on_disk.lock().unwrap_or_else(PoisonError::into_inner) = Some(OnDisk::at(root.into(), remaps));
+        }
         Ok(remaps)
     }
 

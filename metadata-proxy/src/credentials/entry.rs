@@ -111,11 +111,6 @@ impl Entry {
         SessionState { served, failure: state.failure.clone() }
     }
 
-    pub(super) fn has_failed(&self, wall: Timestamp) -> bool {
-        let state = self.state.borrow();
-        state.failure.is_some() && !state.cached.as_ref().is_some_and(|cached| cached.valid(wall))
-    }
-
     /// What is served, for an entry that is to have its own as soon as possible.
     pub(super) fn inheritance(&self) -> Option<Cached> {
         self.state.borrow().cached.clone()

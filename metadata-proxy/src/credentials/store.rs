@@ -12,6 +12,9 @@ use super::entry::{Cached, Entry};
 use super::turns::{Limits, Turns};
 use super::{Clock, Credentials, Failure, RoleSession, SessionState, Sts, keeper};
 
+/// For who can do without: clients wait a second for each answer.
+const SOON: Duration = Duration::from_millis(500);
+
 #[derive(Clone)]
 pub(crate) struct Settings {
     /// Of the calls of STS, over all keys.
@@ -124,9 +127,9 @@ impl Store {
         self.look(key).map_or_else(SessionState::default, |entry| entry.show(self.shared.now()))
     }
 
-    /// The same, whether asking STS has failed and nothing is served: asked at each request, so nothing is copied.
-    pub(crate) fn has_failed(&self, key: &RoleSession) -> bool {
-        self.look(key).is_some_and(|entry| entry.has_failed(self.shared.now()))
+    /// Whether there are credentials, for who can do without and is not to wait for long.
+    pub(crate) async fn has_soon(&self, key: &RoleSession) -> bool {
+        tokio::time::timeout(SOON, self.get(key)).await.is_ok_and(|got| got.is_ok())
     }
 
     fn look(&self, key: &RoleSession) -> Option<Arc<Entry>> {

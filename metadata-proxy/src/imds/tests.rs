@@ -433,3 +433,14 @@ fn the_iam_tree_of_a_simulated_instance_is_the_containers_own() {
     assert!(!get(&imds, &NO_ROLE, "/latest/meta-data/").contains("iam"));
     assert_eq!(get(&imds, &STRICT, "/latest/meta-data/"), "401");
 }
+
+#[test]
+fn only_what_lists_credentials_waits_for_them() {
+    let lists = |target: &str| lists_credentials(&target.parse().unwrap());
+    for target in ["/latest/meta-data", "/latest//meta-data/?x", "/1.0/meta-data/iam/", "/latest/%6deta-data/iam"] {
+        assert!(lists(target), "{target}");
+    }
+    for target in ["/", "/latest/", "/latest/meta-data/instance-id", "/latest/meta-data/iam/info", "/latest/%zz/iam"] {
+        assert!(!lists(target), "{target}");
+    }
+}

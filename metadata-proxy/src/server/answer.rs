@@ -17,7 +17,7 @@ use crate::{
     credentials::{Credentials, Failure, RoleSession},
     identity::RoleArn,
     imds::{
-        Action, Caller, Forward, IamRequest, PLAIN, Routed,
+        self, Action, Caller, Forward, IamRequest, PLAIN, Routed,
         iam::{self, CredentialDocument, IamFailure},
         response,
     },
@@ -47,7 +47,10 @@ impl Server {
         now: Timestamp,
     ) -> Response<Body> {
         let failed = match standing.role() {
-            Some((_, session)) => self.credentials.has_failed(session),
+            Some((_, session)) if imds::lists_credentials(&head.uri) => {
+                !entered.apart(self.credentials.has_soon(session)).await
+            }
+            Some(_) => false,
             // Its account is not known yet.
             None => true,
         };

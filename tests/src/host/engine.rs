@@ -93,6 +93,23 @@ impl Engine {
         self.containerd.lock().await.signal(Signal::STOP)
     }
 
+    /// What the engine has written down of a container ends in the middle; it still tells by its API.
+    pub fn spoil(&self, id: &str) -> Result<()> {
+        let file = format!("/run/engine/data/containers/{id}/config.v2.json");
+        let spoilt = self.machine.command("truncate").args(["--size=100", &file]).status()?;
+        ensure!(spoilt.success(), "cannot spoil {file}");
+        Ok(())
+    }
+
+    /// Until [`go_on`](Self::go_on) dockerd answers nothing; its socket takes connections.
+    pub async fn hang(&self) -> Result<()> {
+        self.process.lock().await.signal(Signal::STOP)
+    }
+
+    pub async fn go_on(&self) -> Result<()> {
+        self.process.lock().await.signal(Signal::CONT)
+    }
+
     /// Stops dockerd in order, and the containers with it unless it has live-restore.
     pub async fn stop(&self) -> Result<()> {
         self.end(Signal::TERM).await
