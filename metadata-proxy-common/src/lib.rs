@@ -7,7 +7,7 @@
 
 /// Raised whenever a layout in this file changes. Pinned maps live in a directory of this version,
 /// because nothing checks the layout of a map that is opened by its pin.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// The IPv4 address of IMDS, 169.254.169.254, as it stands in a packet.
 pub const IMDS_V4: u32 = u32::from_ne_bytes([169, 254, 169, 254]);
@@ -44,7 +44,18 @@ pub struct Settings {
     /// `TCP_SYNCNT` of an intercepted connection: how often it retries while it is held.
     pub syn_retries: u32,
     pub task: TaskLayout,
+    /// One of the `HOST_*` values: what processes of the host have.
+    pub host: u32,
+    pub pad: u32,
 }
+
+/// The real service, without being asked for.
+pub const HOST_SERVED: u32 = 0;
+/// The real service, unless their cgroup is that of a service with a role of its own: those that are not known to be of
+/// none are intercepted, so that the daemon looks.
+pub const HOST_ASKED: u32 = 1;
+/// Nothing, unless their cgroup is exempt or a service's.
+pub const HOST_DENIED: u32 = 2;
 
 /// Where the running kernel keeps what tells how deep a task's namespaces are: offsets in bytes, which differ from
 /// build to build.
@@ -75,7 +86,8 @@ pub struct Flow {
     pub netns: u64,
     /// Process id of the connecting task, in the initial pid namespace.
     pub pid: u32,
-    pub pad: u32,
+    /// 1: of a process of the host's, intercepted only because it may be a service's.
+    pub host: u32,
 }
 
 /// Kept in the storage of each client socket that asked for an IMDS address, so that it lives and

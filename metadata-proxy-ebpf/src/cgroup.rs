@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use metadata_proxy_common::{CGROUP_CONTAINER, Counter};
 
-use crate::maps::{CGROUPS, NESTED, cgroup_kind, count};
+use crate::maps::{CGROUPS, HOSTS, NESTED, cgroup_kind, count};
 
 /// The fields of `cgroup:cgroup_mkdir` and `cgroup:cgroup_rmdir`, the same since Linux 5.9 (their
 /// `format` in tracefs).
@@ -44,6 +44,8 @@ pub fn removed(ctx: &TracePointContext) {
     let Some(id) = id(ctx) else {
         return;
     };
+    // Fails where it is not.
+    let _ = HOSTS.remove(id);
     if cgroup_kind(id).is_some() {
         // Each fails where it is not.
         let _ = CGROUPS.remove(id);

@@ -12,13 +12,13 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use metadata_proxy_common::{
-    CGROUP_EXEMPT, CGROUP_INSTANCE, CGROUP_LEVELS, Client, Counter, Flow, IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT,
+    CGROUP_EXEMPT, CGROUP_INSTANCE, CGROUP_LEVELS, Client, Counter, Flow, HOST_ASKED, HOST_DENIED, IMDS_PORT, IMDS_V4, IMDS_V6, LISTENER_PORT,
     LISTENER_V4, Settings, VERDICT_APPROVED, VERDICT_REDIRECTED,
 };
 
 use crate::{
     cgroup::kind_of_current,
-    maps::{CLIENTS, count, listener, settings},
+    maps::{CLIENTS, count, is_hosts, listener, settings},
     sandbox,
 };
 
@@ -99,13 +99,18 @@ fn imds(ctx: &SockAddrContext, addr: &bpf_sock_addr, address: [u32; 4]) -> Verdi
     let Some(settings) = settings() else {
         return Verdict::Deny;
     };
-    let flow = current_flow(ctx);
+    let mut flow = current_flow(ctx);
     let host = match kind_of_current() {
         Some(CGROUP_EXEMPT | CGROUP_INSTANCE) => true,
         Some(_) => false,
         // In any other namespace it must be somebody's container, before anyone has told us; in the host's, what is in
         // further namespaces of its own.
-        None => flow.netns == settings.host_netns && !sandbox::is_current(&settings.task),
+        None if flow.netns != settings.host_netns || sandbox::is_current(&settings.task) => false,
+        None => {
+            let ours = settings.host == HOST_DENIED || settings.host == HOST_ASKED && is_service_port(addr);
+            flow.host = u32::from(ours && !is_hosts(flow.cgroup));
+            flow.host == 0
+        }
     };
     let mut client = Client {
         flow,
@@ -121,7 +126,7 @@ fn imds(ctx: &SockAddrContext, addr: &bpf_sock_addr, address: [u32; 4]) -> Verdi
         return Verdict::Allow;
     }
     // Only the service's own port is there; failing at once beats a timeout.
-    if addr.type_ != SOCK_STREAM || addr.user_port != u32::from(IMDS_PORT.to_be()) {
+    if !is_service_port(addr) {
         count(Counter::Guarded);
         debug!(
             ctx,
@@ -137,6 +142,11 @@ fn imds(ctx: &SockAddrContext, addr: &bpf_sock_addr, address: [u32; 4]) -> Verdi
     let port = listener(flow.netns).map_or(LISTENER_PORT, |port| port as u16);
     debug!(ctx, "redirected cgroup {} pid {} netns {} to port {}", flow.cgroup, flow.pid, flow.netns, port);
     Verdict::Redirect(port)
+}
+
+#[inline(always)]
+fn is_service_port(addr: &bpf_sock_addr) -> bool {
+    addr.type_ == SOCK_STREAM && addr.user_port == u32::from(IMDS_PORT.to_be())
 }
 
 /// A connect straight to the listener's address has not passed the redirection, so nobody knows who
@@ -165,7 +175,7 @@ fn current_flow(ctx: &SockAddrContext) -> Flow {
             ancestors,
             netns: bpf_get_netns_cookie(ctx.as_ptr()),
             pid: (bpf_get_current_pid_tgid() >> 32) as u32,
-            pad: 0,
+            host: 0,
         }
     }
 }

@@ -23,6 +23,11 @@ pub static CGROUPS: HashMap<u64, u32> = HashMap::with_max_entries(16384, 0);
 #[map]
 pub static NESTED: HashMap<u64, u32> = HashMap::with_max_entries(4096, 0);
 
+/// Ids of the host's cgroups whose own processes keep the real service, because no service has a role there; not of those
+/// below.
+#[map]
+pub static HOSTS: HashMap<u64, u32> = HashMap::with_max_entries(8192, 0);
+
 /// Network namespace cookie -> port of the daemon's listener there, host order: a hint, for a daemon
 /// that was killed leaves it behind. Whether it listens is asked of the listener itself.
 #[map]
@@ -61,6 +66,12 @@ pub fn settings() -> Option<&'static Settings> {
 pub fn cgroup_kind(cgroup: u64) -> Option<u32> {
     // SAFETY: an aligned u32, which a concurrent update replaces as a whole.
     unsafe { CGROUPS.get(&cgroup).or_else(|| NESTED.get(&cgroup)) }.copied()
+}
+
+/// Whether it is known that nobody has a role of his own in this very cgroup.
+pub fn is_hosts(cgroup: u64) -> bool {
+    // SAFETY: only looked whether it is there.
+    unsafe { HOSTS.get(&cgroup) }.is_some()
 }
 
 /// Port of the listener in this namespace, host order.

@@ -37,6 +37,7 @@ use crate::{
     log_limit::LogLimit,
     metrics::{self, Metrics},
     server::{self, Server},
+    services::Services,
     strangers::Strangers,
     token_key,
     upstream::Upstream,
@@ -131,7 +132,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
 
     let mut background = JoinSet::new();
-    let Interception { interceptor, wanted, uplinks, worker, host_netns, cgroup2, exemptions } =
+    let Interception { interceptor, wanted, uplinks, worker, host_netns, cgroup2, attached, exemptions } =
         interception::start(&config, &mut background).await?;
 
     let (sender, connections) = mpsc::channel(QUEUE);
@@ -164,6 +165,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     let engines = config.engines.into_iter().map(|at| Engine::new(at, config.trust_image_metadata)).collect();
     let looking = Arc::clone(&workloads);
     let memory = Memory::new(move |variable, container| looking.looks_at(variable, container));
+    let mount = cgroup2.clone();
     let registry = Registry::new(engines, cgroup2, memory, move |container, before| admit.admit(container, before));
     registry.recall();
     tokio::spawn(introduce(aws, Arc::clone(&workloads), Arc::clone(&registry), Arc::clone(&about)));
@@ -173,6 +175,8 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
         Some(config::Upstream::Simulated(instance, view)) => (None, Rest::Simulated(instance, view)),
         None => (None, Rest::Nothing),
     };
+    let services = Services::new(config.services, &mount, attached, Arc::clone(&interceptor), Arc::clone(&registry));
+    let services = Arc::new(services);
     let strangers = Arc::<Strangers>::default();
     let parts = metrics::Parts {
         interceptor: Arc::clone(&interceptor),
@@ -189,6 +193,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     });
     let server = Arc::new(Server {
         registry: Arc::clone(&registry),
+        services: Arc::clone(&services),
         imds: Imds::new(token_key::of_this_boot()?, rest, Timestamp::now()),
         imds_of_strangers: Imds::new(token_key::of_this_boot()?, Rest::Nothing, Timestamp::now()),
         credentials,
@@ -208,7 +213,7 @@ async fn serve(config: Config, reload: impl Fn() -> Reloaded + Send + 'static) -
     if let Some(address) = config.metrics_address {
         tokio::spawn(admin.serve_metrics(address));
     }
-    background.spawn(sweep(Arc::clone(&listeners), exemptions, Arc::clone(&interceptor)));
+    background.spawn(sweep(Arc::clone(&listeners), exemptions, services, Arc::clone(&interceptor)));
     let remembering = Arc::clone(&registry);
     background.spawn(async move { Ok(remembering.remember().await) });
     let following = Arc::clone(&registry);
@@ -316,11 +321,13 @@ fn reconsider_all(workloads: &Workloads, registry: &Registry<Workload>) {
 async fn sweep(
     listeners: Arc<Listeners>,
     exemptions: Arc<Exemptions>,
+    services: Arc<Services>,
     interceptor: Arc<Interceptor>,
 ) -> anyhow::Result<Infallible> {
     loop {
         tokio::time::sleep(IDLE / 3).await;
         listeners.close_idle(IDLE);
         exemptions.look(&interceptor);
+        services.look();
     }
 }

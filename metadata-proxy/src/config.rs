@@ -5,6 +5,7 @@ mod fixed;
 mod limits;
 mod place;
 mod rules;
+mod services;
 mod sts;
 
 use std::{
@@ -29,6 +30,7 @@ use crate::{
     identity::{self, Kind, Template, check_tags, operators_tags, rules::Effect, session_tag},
     imds::{Instance, InstanceSettings, Policy, View},
     server::Limits,
+    services::Settings as Services,
 };
 
 /// Said in one line: what is wrong, and where it stands.
@@ -50,6 +52,7 @@ pub(crate) struct Config {
     /// The real service's address if it was given, for the daemon's own credentials too.
     pub(crate) imds_endpoint: Option<String>,
     pub(crate) exempt_cgroups: Vec<PathBuf>,
+    pub(crate) services: Services,
     pub(crate) admin_socket: PathBuf,
     pub(crate) metrics_address: Option<SocketAddr>,
     pub(crate) limits: Limits,
@@ -86,6 +89,8 @@ struct File {
     audit_log: Option<String>,
     unmatched: rules::Unmatched,
     rule: Vec<toml::Spanned<rules::Table>>,
+    host: services::Host,
+    service: Vec<toml::Spanned<services::Table>>,
     /// Values are templates.
     session_tags: BTreeMap<String, String>,
     upstream: UpstreamTable,
@@ -138,6 +143,7 @@ impl Config {
         let given = |value: Option<String>| value.filter(|value| !value.is_empty());
         let (mut file, rules) = parse(file_name, text)?;
         let engines = engines(run.docker_host, &mut file, file_name, text)?;
+        let services = services(&mut file, file_name, text)?;
         let either = |flag: &'static str, value: Option<String>, in_file: Option<String>| match given(value) {
             Some(value) => (Some(value), format!("--{flag}")),
             None => (given(in_file), format!("{file_name}: {flag}")),
@@ -210,6 +216,7 @@ impl Config {
             upstream,
             imds_endpoint: endpoint,
             exempt_cgroups: if run.exempt_cgroup.is_empty() { file.exempt.cgroups } else { run.exempt_cgroup },
+            services,
             admin_socket: run.admin_socket.path(),
             metrics_address,
             limits: file.limits.limits().map_err(|error| BadConfig(format!("{file_name}: [limits]: {error}")))?,
@@ -245,6 +252,16 @@ fn engines(flags: Vec<String>, file: &mut File, place: &str, text: &str) -> Resu
         (format!("{place}:{}", line_at(text, table.span().start)), table.into_inner())
     };
     engines::Engines::resolve(hosts, &origin, tables.into_iter().map(placed).collect(), by_flag).map_err(BadConfig)
+}
+
+fn services(file: &mut File, place: &str, text: &str) -> Result<Services, BadConfig> {
+    let mut services = Vec::new();
+    for table in std::mem::take(&mut file.service) {
+        let place = format!("{place}:{}", line_at(text, table.span().start));
+        let service = table.into_inner().service(&place).map_err(|reason| BadConfig(format!("{place}: {reason}")))?;
+        services.push(service);
+    }
+    Ok(Services { services, deny: file.host.default == services::Default::Deny })
 }
 
 fn line_at(text: &str, at: usize) -> usize {

@@ -48,6 +48,9 @@ pub(crate) struct Container {
     pub(crate) name: String,
     /// The engine that has told of it, by the name that the operator has given it.
     pub(crate) engine: String,
+    /// None, but a service of the host: the operator's own word, and no engine's.
+    #[serde(default)]
+    pub(crate) service: bool,
     /// The user whose engine that is; None: root's.
     pub(crate) of_user: Option<u32>,
     /// Its first process, in the initial pid namespace.
@@ -150,6 +153,14 @@ enum Found {
 /// How long a container that the engine is just starting may take to appear. Its first request
 /// waits for it; SDKs give up after a second.
 const STARTING: Duration = Duration::from_millis(900);
+/// What is known on the way from a task's own cgroup up.
+fn on_the_way<'a>(flow: &Flow, cgroups: &'a HashMap<u64, String>) -> impl Iterator<Item = &'a String> {
+    let path = std::iter::once(flow.cgroup).chain(flow.ancestors.into_iter().rev());
+    path.filter_map(|cgroup| cgroups.get(&cgroup))
+}
+
+/// In place of an engine.
+const SERVICES: usize = usize::MAX;
 /// Between two looks at a container that is just starting.
 const POLL: Duration = Duration::from_millis(5);
 /// Between two full looks at the engine for strangers.
@@ -200,17 +211,44 @@ impl<W: Send + Sync + 'static> Registry<W> {
     }
 
     /// The deepest known container on the way from the task's cgroup up: nested cgroups are their
-    /// container's.
+    /// container's. None, too, where that is within a service: each would say that it is its own.
     pub(crate) fn find(&self, flow: &Flow) -> Option<Arc<W>> {
-        let cgroups = self.read_cgroups();
-        let path = std::iter::once(flow.cgroup).chain(flow.ancestors.into_iter().rev());
-        let id = path.filter_map(|cgroup| cgroups.get(&cgroup)).next()?.clone();
-        drop(cgroups);
-        self.read().get(&id).map(|entry| Arc::clone(&entry.workload))
+        let (entries, cgroups) = (self.read(), self.read_cgroups());
+        let mut known = on_the_way(flow, &cgroups);
+        let id = known.next()?;
+        let is_service = |id: &String| entries.get(id).is_some_and(|entry| entry.engine == SERVICES);
+        let contested = known.any(|above| above != id && is_service(above));
+        entries.get(id).filter(|_| !contested).map(|entry| Arc::clone(&entry.workload))
+    }
+
+    /// A service of the host, for as long as its cgroup is there.
+    pub(crate) fn admit_service(&self, service: Container) {
+        let Container { id, pid, cgroup, name, .. } = service.clone();
+        let mut entries = self.write();
+        let before = entries.get(&id).map(|entry| Arc::clone(&entry.workload));
+        let workload = Arc::new((self.admit)(service, before.as_deref()));
+        self.write_cgroups().insert(cgroup, id.clone());
+        entries.insert(id, Entry { engine: SERVICES, pid, cgroup, name, complete: true, workload });
+    }
+
+    pub(crate) fn dismiss_service(&self, cgroup: u64) {
+        let id = self.read_cgroups().get(&cgroup).cloned();
+        if let Some(id) = id {
+            self.dismiss_if(&id, |entry| entry.engine == SERVICES);
+        }
     }
 
     /// A container that has just started is running before the engine says so.
     async fn look_closer(&self, flow: &Flow) -> anyhow::Result<Option<Arc<W>>> {
+        // Known, and not found.
+        let known = on_the_way(flow, &self.read_cgroups()).next().cloned();
+        if let Some(id) = known {
+            let new = self.contested.write().unwrap_or_else(PoisonError::into_inner).insert(id.clone(), flow.pid);
+            if new.is_none() {
+                warn!(id = short(&id), "a container within the cgroup of a [[service]]: it has no role");
+            }
+            return Ok(None);
+        }
         if self.all_absent() {
             bail!("there is none yet ({})", self.hosts());
         }

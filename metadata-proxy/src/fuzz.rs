@@ -224,6 +224,7 @@ fn decision(labels: &str, settings: &identity::Settings) -> identity::Decision {
         image: "registry/app:1.2".to_owned(),
         networks: vec!["bridge".to_owned()],
         user_namespace: UserNamespace::Host,
+        service: false,
         from_image: Some(Given::default()),
         labels: [("metadata-proxy.role".to_owned(), ROLE.to_owned())].into(),
         env: [].into(),

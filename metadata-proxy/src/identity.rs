@@ -22,7 +22,7 @@ use source::{Found, Names, OfImage};
 
 pub(crate) use glob::Glob;
 pub(crate) use lineage::Lineage;
-pub(crate) use options::{check_policy_arns, check_tags, duration, policy, seconds, session_tag};
+pub(crate) use options::{PREFIX, check_policy_arns, check_tags, duration, policy, seconds, session_tag};
 pub(crate) use role::{Home, INSTANCE, RoleArn, RoleBase, RoleSpec};
 pub(crate) use source::Said;
 pub(crate) use template::{Kind, Template};
@@ -98,6 +98,8 @@ const ROLE: Names = Names {
     of_image: OfImage::Ignored,
 };
 
+const OPTIONS_OF_INSTANCE: &str = "it has options, which nobody can see to if it has the host's own role";
+
 /// As the source of the host's own role.
 pub(crate) const EXEMPT: &str = "[exempt]";
 
@@ -112,6 +114,15 @@ pub(crate) fn decide(container: &Container, settings: &Settings, home: Option<&H
         *reason = printable(reason);
     }
     decision
+}
+
+/// What the operator has said of a service of the host, before there is one.
+pub(crate) fn check_service(service: &Container) -> Result<(), String> {
+    Options::read(service)?;
+    match ROLE.find(service) {
+        Some(Found { value, .. }) => value.parse::<RoleSpec>().map(drop).map_err(|error| format!("role: {error}")),
+        None => Ok(()),
+    }
 }
 
 /// What others have written, for the log and for terminals: with a line break or an escape sequence in a label nobody is to
@@ -155,7 +166,7 @@ impl Case<'_> {
         let Self { container, settings, home } = *self;
         let Decision { require_imdsv2, view, reasons, source: named_by, .. } = decision;
         // Whoever owns an engine names its containers as he likes.
-        if settings.exempt.contains(&container.name) && container.of_user.is_none() {
+        if settings.exempt.contains(&container.name) && container.of_user.is_none() && !container.service {
             *named_by = Some(EXEMPT.to_owned());
             reasons.push("exempt by its name".to_owned());
             return Ok(Verdict::Instance);
@@ -163,7 +174,7 @@ impl Case<'_> {
         self.origin(reasons)?;
         // First, lest a container with a wrong option answer requests that it meant to refuse.
         let mut options = Options::read(container)
-            .and_then(|options| options.permitted(settings.container_labels))
+            .and_then(|options| options.permitted(settings.container_labels || container.service))
             .inspect_err(|_| (*require_imdsv2, *view) = (true, View::closed()))?;
         *require_imdsv2 |= options.require_imdsv2;
         *view = options.view.clone();
@@ -184,14 +195,16 @@ impl Case<'_> {
         let policy = settings.engines.get(&container.engine);
         let denied = |role: &str| format!("[[engine]] {} does not allow role {role}", container.engine);
         if spec == RoleSpec::Instance {
+            if container.service && options == Options::default() {
+                return Ok(Verdict::Instance);
+            }
             if policy.is_some_and(|policy| !policy.allows_instance()) {
                 return Err(denied(INSTANCE));
             }
             return match rule {
                 Some(rule) if rule.allows_instance() && options == Options::default() => Ok(Verdict::Instance),
-                Some(rule) if rule.allows_instance() => {
-                    Err("it has options, which nobody can see to if it has the host's own role".to_owned())
-                }
+                Some(rule) if rule.allows_instance() => Err(OPTIONS_OF_INSTANCE.to_owned()),
+                None if container.service => Err(OPTIONS_OF_INSTANCE.to_owned()),
                 _ => Err("no rule allows it the host's own role (allow = [\"@instance\"])".to_owned()),
             };
         }
@@ -219,6 +232,10 @@ impl Case<'_> {
 
     /// None: everything is allowed.
     fn rule(&self, reasons: &mut Vec<String>) -> Result<Option<&Allowance>, String> {
+        // The file itself is the operator's word.
+        if self.container.service {
+            return Ok(None);
+        }
         let rule = self.settings.rules.find(self.container)?;
         if let Some(user) = self.container.of_user {
             let engine = &self.container.engine;
@@ -280,7 +297,7 @@ impl Case<'_> {
             return Ok(Some(spec));
         }
         let of_rule = rule.and_then(|rule| rule.default_role.as_ref());
-        let default = of_rule.or(self.settings.default_role.as_ref());
+        let default = of_rule.or(self.settings.default_role.as_ref()).filter(|_| !self.container.service);
         if default.is_some() {
             let of_rule = if of_rule.is_some() { " of the rule" } else { "" };
             *named_by = Some(format!("default-role{of_rule}"));

@@ -22,7 +22,8 @@ use std::{
 
 use aya::maps::{Array, HashMap as BpfHashMap, MapData, PerCpuArray, RingBuf, SkStorage};
 use metadata_proxy_common::{
-    CGROUP_CONTAINER, CGROUP_EXEMPT, CGROUP_INSTANCE, Counter, Flow, LAYOUT_VERSION, Settings, TaskLayout, Wanted,
+    CGROUP_CONTAINER, CGROUP_EXEMPT, CGROUP_INSTANCE, Counter, Flow, HOST_SERVED, LAYOUT_VERSION, Settings, TaskLayout,
+    Wanted,
 };
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
@@ -55,6 +56,8 @@ pub(crate) struct Options<'a> {
     /// The mounted bpffs; ours is a directory in it.
     pub(crate) bpffs: &'a Path,
     pub(crate) settings: Settings,
+    /// One of the `HOST_*` values; None: as it was.
+    pub(crate) host: Option<u32>,
     /// Lets the programs log each connection they touch.
     pub(crate) debug: bool,
     /// For devices in other network namespaces.
@@ -87,6 +90,7 @@ pub(crate) struct Interceptor {
     cgroups: Mutex<BpfHashMap<MapData, u64, u32>>,
     /// Only the programs write it.
     nested: BpfHashMap<MapData, u64, u32>,
+    hosts: Mutex<BpfHashMap<MapData, u64, u32>>,
     listeners: Mutex<BpfHashMap<MapData, u64, u32>>,
     accepted: SkStorage<MapData, Flow>,
     ours: Mutex<SkStorage<MapData, u32>>,
@@ -106,11 +110,14 @@ impl Interceptor {
 
         // Before any program runs: without settings they refuse everything.
         let mut settings: Array<MapData, Settings> = maps::take(&mut object, "SETTINGS")?;
-        settings.set(0, options.settings, 0).map_err(maps::error("SETTINGS"))?;
+        let host = options.host.or_else(|| Some(settings.get(&0, 0).ok()?.host));
+        let all = Settings { host: host.unwrap_or(HOST_SERVED), ..options.settings };
+        settings.set(0, all, 0).map_err(maps::error("SETTINGS"))?;
 
         let interceptor = Self {
             cgroups: Mutex::new(maps::take(&mut object, "CGROUPS")?),
             nested: maps::take(&mut object, "NESTED")?,
+            hosts: Mutex::new(maps::take(&mut object, "HOSTS")?),
             listeners: Mutex::new(maps::take(&mut object, "LISTENERS")?),
             accepted: maps::take(&mut object, "ACCEPTED")?,
             ours: Mutex::new(maps::take(&mut object, "OURS")?),
@@ -183,6 +190,18 @@ impl Interceptor {
     /// The same for that of a container, until somebody says otherwise.
     pub(crate) fn give_instance(&self, cgroup: u64) -> Result<(), Error> {
         maps::lock(&self.cgroups).insert(cgroup, CGROUP_INSTANCE, 0).map_err(maps::error("CGROUPS"))
+    }
+
+    /// Let connections of this very cgroup's own processes through to the real service: nobody has a role there.
+    pub(crate) fn leave_to_host(&self, cgroup: u64) -> Result<(), Error> {
+        maps::lock(&self.hosts).insert(cgroup, 1, 0).map_err(maps::error("HOSTS"))
+    }
+
+    /// What a daemon with other services has found out.
+    pub(crate) fn forget_hosts(&self) {
+        let mut hosts = maps::lock(&self.hosts);
+        let known: Vec<u64> = hosts.keys().filter_map(Result::ok).collect();
+        known.into_iter().for_each(|cgroup| maps::remove(&mut hosts, "HOSTS", cgroup));
     }
 
     pub(crate) fn has_instance(&self, cgroup: u64) -> bool {

@@ -23,6 +23,7 @@ mod log_limit;
 mod metrics;
 mod netns;
 mod server;
+mod services;
 mod strangers;
 mod token_key;
 mod upstream;

@@ -33,6 +33,7 @@ use crate::{
     listeners::Connection,
     log_limit::{Line, LogLimit},
     metrics::Metrics,
+    services::{Services, Whose},
     strangers::Strangers,
     upstream::Upstream,
     workload::{Client, Workload},
@@ -49,6 +50,7 @@ use shares::{Entered, Shares};
 const DRAIN: Duration = Duration::from_millis(1500);
 
 pub(crate) struct Server {
+    pub(crate) services: Arc<Services>,
     pub(crate) registry: Arc<Registry<Workload>>,
     pub(crate) imds: Imds,
     /// Answers whom nobody knows: with session tokens, lest a client fall back, and otherwise with
@@ -152,7 +154,20 @@ impl Server {
         let now = Timestamp::now();
         let flow = &peer.flow;
         // For each request: a connection may outlive its container, or what has been decided about it.
-        let (caller, mut answer) = match self.registry.resolve(flow).await {
+        let resolved = match self.services.whose(flow) {
+            Whose::Workload => self.registry.resolve(flow).await,
+            Whose::Denied => Ok(None),
+            Whose::Host => {
+                let answer = self.pass(Request::from_parts(head.clone(), body), now).await;
+                self.metrics.answered("host", answer.status());
+                return answer;
+            }
+            Whose::Gone => {
+                self.metrics.answered("unresolved", StatusCode::SERVICE_UNAVAILABLE);
+                return response::empty(StatusCode::SERVICE_UNAVAILABLE, now).map(Body::from);
+            }
+        };
+        let (caller, mut answer) = match resolved {
             Ok(Some(workload)) => {
                 let user_agent = head.headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()).map(str::to_owned);
                 let Flow { pid, cgroup, .. } = *flow;

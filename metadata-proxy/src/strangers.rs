@@ -72,6 +72,10 @@ impl Stranger {
             "it looks like a pod of Kubernetes, which this is not for: see EKS Pod Identity or IRSA".to_owned()
         } else if path.contains("docker") {
             engine("it looks like Docker's", "give its socket by --docker-host")
+        } else if self.namespaces.is_empty() {
+            format!(
+                "a process of the host, to which [host] default = \"deny\" gives nothing: name its unit in [[service]], with role = \"@instance\" for the host's own role, or --exempt-cgroup /{path}"
+            )
         } else {
             format!(
                 "a sandbox, or a process in a namespace of its own, that no engine knows: if it may have the host's role, --exempt-cgroup /{path}"
@@ -117,7 +121,7 @@ mod tests {
     use super::*;
 
     fn flow(cgroup: u64) -> Flow {
-        Flow { cgroup, ancestors: [0; 8], netns: 1, pid: std::process::id(), pad: 0 }
+        Flow { cgroup, ancestors: [0; 8], netns: 1, pid: std::process::id(), host: 0 }
     }
 
     #[test]
@@ -138,7 +142,7 @@ mod tests {
     fn what_might_be_missing_is_told_by_the_cgroup() {
         let advice = |path: &str| {
             let stranger = Stranger::look(1, 1, Timestamp::UNIX_EPOCH);
-            Stranger { cgroup_path: Some(path.into()), ..stranger }.advice()
+            Stranger { cgroup_path: Some(path.into()), namespaces: vec!["pid".to_owned()], ..stranger }.advice()
         };
         for (path, words) in [
             ("machine.slice/libpod-0a.scope", "podman.socket"),

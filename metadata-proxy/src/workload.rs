@@ -89,7 +89,9 @@ impl Workload {
 impl Workloads {
     /// `before` is the same container, which may have been renamed.
     pub(crate) fn admit(&self, mut container: Container, before: Option<&Workload>) -> Workload {
-        self.lineage.lock().unwrap_or_else(PoisonError::into_inner).trace(&mut container);
+        if !container.service {
+            self.lineage.lock().unwrap_or_else(PoisonError::into_inner).trace(&mut container);
+        }
         let before = before.map(Workload::standing);
         let standing = RwLock::new(Arc::new(self.enact(&container, self.decide(&container), before.as_deref())));
         let listener = CancellationToken::new();

@@ -19,6 +19,9 @@ pub(crate) struct Facts {
     /// In few words.
     pub(crate) configuration: String,
     pub(crate) file: Option<PathBuf>,
+    /// Processes of the host have nothing unless they are listed.
+    #[serde(default)]
+    pub(crate) host_denied: bool,
     /// Why the file that was last read is not the one in force.
     pub(crate) refused: Option<String>,
     /// Who it is to AWS, once that is known.
@@ -36,6 +39,7 @@ impl About {
             pid: std::process::id(),
             configuration: config.in_short(),
             file: config.file.clone(),
+            host_denied: config.services.deny,
             refused: None,
             identity: None,
             trouble: None,

@@ -72,7 +72,10 @@ pub(crate) async fn explain(socket: &Path, given: &str) -> anyhow::Result<()> {
         None => lines(find(&all, given)?, now),
         Some(other) => match all.iter().find(|status| other.is_in(status.cgroup)) {
             Some(status) => lines(status, now),
-            None => other.lines(&parse(&get(socket, "/strangers").await?)?, now)?,
+            None => {
+                let denied = matches!(about(socket).await, Some(Ok(Facts { host_denied: true, .. })));
+                other.lines(&parse(&get(socket, "/strangers").await?)?, denied, now)?
+            }
         },
     };
     for (what, line) in lines {
@@ -113,11 +116,10 @@ fn lines(status: &Status, now: Timestamp) -> Vec<(&'static str, String)> {
         UserNamespace::Host => "the host's user namespace",
         UserNamespace::Own => "a user namespace of its own",
     };
+    // A service of the host has none.
+    let image = if status.image.is_empty() { String::new() } else { format!(", image {}", status.image) };
     let mut lines = vec![
-        (
-            "container",
-            format!("{} ({}), engine {}, image {}", status.name, short(&status.id), status.engine, status.image),
-        ),
+        ("container", format!("{} ({}), engine {}{image}", status.name, short(&status.id), status.engine)),
         ("cgroup", format!("{} (/{}), first process {}", status.cgroup, path(&status.cgroup_path), status.pid)),
         ("network", format!("{}, namespace {}, {user}", status.network, path(&status.network_namespace))),
     ];

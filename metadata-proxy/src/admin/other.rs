@@ -52,7 +52,12 @@ impl Other {
         self.cgroups.contains(&cgroup)
     }
 
-    pub(super) fn lines(&self, strangers: &[Stranger], now: Timestamp) -> anyhow::Result<Vec<(&'static str, String)>> {
+    pub(super) fn lines(
+        &self,
+        strangers: &[Stranger],
+        host_denied: bool,
+        now: Timestamp,
+    ) -> anyhow::Result<Vec<(&'static str, String)>> {
         let own = self.cgroups.first().copied().unwrap_or_default();
         let asked = strangers.iter().find(|stranger| stranger.cgroup == own).cloned();
         let found = match (asked, self.pid) {
@@ -65,17 +70,20 @@ impl Other {
             ("cgroup", format!("{} ({})", found.cgroup, path(&found))),
             ("process", format!("{}, {program}", found.pid)),
         ];
-        if found.namespaces.is_empty() && found.requests == 0 {
+        let of_host = found.namespaces.is_empty();
+        if of_host && found.requests == 0 && !host_denied {
             lines.push(("namespaces", "the host's".to_owned()));
             lines.push(("role", "the host's own: a process of the host keeps the real service".to_owned()));
             return Ok(lines);
         }
-        lines.push(("namespaces", format!("{} of its own", found.namespaces.join(", "))));
+        let own = format!("{} of its own", found.namespaces.join(", "));
+        lines.push(("namespaces", if of_host { "the host's".to_owned() } else { own }));
         lines.push(match found.requests {
             0 => ("asked", "nothing yet".to_owned()),
             requests => ("asked", format!("{requests} times, first at {}, last at {}", found.first, found.last)),
         });
-        lines.push(("role", "none: no engine has told of it".to_owned()));
+        let why = if of_host && host_denied { "[host] default is deny" } else { "no engine has told of it" };
+        lines.push(("role", format!("none: {why}")));
         lines.push(("remedy", found.advice()));
         Ok(lines)
     }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use metadata_proxy_common::{Settings, TaskLayout};
+use metadata_proxy_common::{HOST_SERVED, Settings, TaskLayout};
 use rustix::{
     process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit},
     time::{ClockId, clock_getres},
@@ -44,6 +44,8 @@ pub(super) struct Interception {
     pub(super) worker: netns::Worker,
     pub(super) host_netns: u64,
     pub(super) cgroup2: PathBuf,
+    /// What we are attached to, of which all else is below.
+    pub(super) attached: PathBuf,
     pub(super) exemptions: Arc<Exemptions>,
 }
 
@@ -53,11 +55,15 @@ pub(super) async fn start(
 ) -> anyhow::Result<Interception> {
     let Prepared { cgroup, cgroup2, settings, worker } = prepare(&config.place)?;
     let exemptions = Arc::new(Exemptions::new(config.exempt_cgroups.clone(), cgroup2.clone()));
-    let options = options(&config.place, &cgroup, settings, &worker);
+    let host = Some(config.services.host());
+    let options = interceptor::Options { host, ..options(&config.place, &cgroup, settings, &worker) };
     let (interceptor, wanted, uplinks) = Interceptor::attach(options, |interceptor| {
         know_cgroups(interceptor, &cgroup2)?;
         exemptions.enact(interceptor);
-        Ok(())
+        interceptor.forget_hosts();
+        // Else we would ask ourselves for what the real service is to say.
+        let own = cgroup::path_of(std::process::id()).and_then(|path| cgroup::id_at(&cgroup2, &path));
+        own.map_or(Ok(()), |own| interceptor.leave_to_host(own))
     })?;
     let interceptor = Arc::new(interceptor);
     let uplinks = Arc::new(uplinks);
@@ -66,7 +72,16 @@ pub(super) async fn start(
     info!(cgroup = %cgroup.display(), "attached: no container reaches the real metadata service by itself");
     systemd::ready();
     background.spawn(systemd::watch(worker.clone()));
-    Ok(Interception { interceptor, wanted, uplinks, worker, host_netns: settings.host_netns, cgroup2, exemptions })
+    Ok(Interception {
+        interceptor,
+        wanted,
+        uplinks,
+        worker,
+        host_netns: settings.host_netns,
+        cgroup2,
+        attached: cgroup,
+        exemptions,
+    })
 }
 
 /// The same without a daemon: what is attached stays, and lets no container through to anything.
@@ -115,7 +130,7 @@ fn options<'a>(
     worker: &netns::Worker,
 ) -> interceptor::Options<'a> {
     let debug = tracing::enabled!(target: "metadata_proxy", tracing::Level::DEBUG);
-    interceptor::Options { cgroup, bpffs: &place.bpffs, settings, debug, worker: worker.clone() }
+    interceptor::Options { cgroup, bpffs: &place.bpffs, settings, host: None, debug, worker: worker.clone() }
 }
 
 /// The containers' cgroups that were there before the programs: from then on the kernel itself notes
@@ -159,6 +174,8 @@ fn settings(cgroup: &Path, cgroup2: &Path) -> anyhow::Result<Settings> {
         syn_timeout,
         syn_retries,
         task,
+        host: HOST_SERVED,
+        pad: 0,
     })
 }
 

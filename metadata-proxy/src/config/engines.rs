@@ -7,6 +7,7 @@ use serde::Deserialize;
 use crate::{
     containers::docker::EngineAt,
     identity::rules::{Allowed, EnginePolicy},
+    services,
 };
 
 const DOCKER: &str = "unix:///var/run/docker.sock";
@@ -62,6 +63,11 @@ impl Engines {
             }
             if at.iter().any(|other| other.host == host) {
                 return Err(format!("{place} {host:?}: it is given twice"));
+            }
+            if name == services::ENGINE {
+                return Err(format!(
+                    "{place} {host:?}: {name:?} is what services of the host are of; give it another name"
+                ));
             }
             if !names.insert(name.clone()) {
                 return Err(format!(

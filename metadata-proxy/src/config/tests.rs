@@ -1,5 +1,7 @@
 use clap::Parser as _;
 
+use metadata_proxy_common::{HOST_ASKED, HOST_DENIED, HOST_SERVED};
+
 use super::*;
 use crate::cli::{Cli, Command};
 
@@ -83,7 +85,7 @@ fn the_example_has_every_option_and_no_other() {
     toml::from_str::<File>(&all).unwrap();
     let all: toml::Table = toml::from_str(&all).unwrap();
     let tables = || {
-        let nested = ["upstream", "exempt", "limits", "sts"];
+        let nested = ["upstream", "exempt", "limits", "sts", "host"];
         all.iter().chain(nested.into_iter().flat_map(|name| all[name].as_table().unwrap()))
     };
     let run = <Cli as clap::CommandFactory>::command().find_subcommand("run").unwrap().clone();
@@ -160,6 +162,33 @@ fn tags_that_would_refuse_every_container_are_named() {
     }
     // The rule's replace the others.
     with_file(&format!("{rule}{}[session-tags]\n{}", many(30, "a"), many(30, "A")), &[]).unwrap();
+}
+
+#[test]
+fn services_are_taken_at_the_operators_word_and_their_mistakes_named() {
+    let services = |text: &str| with_file(text, &[]).map(|config| config.services);
+    assert_eq!(services("").unwrap().host(), HOST_SERVED);
+    assert_eq!(services("[host]\ndefault = 'deny'").unwrap().host(), HOST_DENIED);
+    let file = "[[service]]\nunit = 'app@*.service'\nrole = 'app'\npolicy = '{}'\n";
+    assert_eq!(services(file).unwrap().host(), HOST_ASKED);
+    for (service, expected) in [
+        ("", "toml:2: expected either unit"),
+        ("unit = 'a'\ncgroup = '/b'", "toml:2: expected either unit"),
+        ("unit = 'a/b'", "toml:2: expected either unit"),
+        ("cgroup = 'relative'", "toml:2: expected either unit"),
+        ("cgroup = '/'", "toml:2: expected either unit"),
+        ("unit = 'a'\nrole = 'we b'", "toml:2: role: \"we b\""),
+        ("unit = 'a'\nrol = 'web'", "toml:2: \"rol\": there is no such setting of a service, only role, external-id"),
+        ("unit = 'a'\nduration = '1s'", "toml:2: [[service]] duration"),
+        ("unit = 'a'\nrole = 3", "invalid type"),
+    ] {
+        let error = services(&format!("\n[[service]]\n{service}\n")).unwrap_err().to_string();
+        assert!(error.contains(expected), "{service}: {error}");
+    }
+    let error = services("[host]\ndefault = 'no'").unwrap_err().to_string();
+    assert!(error.contains("toml:2: unknown variant `no`"), "{error}");
+    let error = with_file("[[engine]]\nhost = 'unix:///x'\nname = 'systemd'", &[]).unwrap_err().to_string();
+    assert!(error.contains("give it another name"), "{error}");
 }
 
 #[test]

@@ -35,6 +35,11 @@ pub(crate) fn container_hint(pid: u32, cgroup: u64, cgroup2: &Path) -> Option<St
     path.iter().find_map(|component| container_id(component.to_str()?)).map(str::to_owned)
 }
 
+/// Whether it is a container's, or below one.
+pub(crate) fn names_container(path: &Path) -> bool {
+    path.iter().any(|name| name.to_str().is_none_or(|name| container_id(name).is_some()))
+}
+
 /// The ids of all cgroups that an engine has made for a container, whether it is ours or not. What lies
 /// below one is its own.
 pub(crate) fn all(cgroup2: &Path) -> HashSet<u64> {

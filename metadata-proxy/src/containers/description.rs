@@ -60,6 +60,7 @@ impl Description {
             id,
             name,
             engine,
+            service: false,
             of_user,
             pid,
             cgroup,

@@ -99,7 +99,9 @@ impl<W: AsRef<Container> + Send + Sync + 'static> Registry<W> {
     }
 
     fn keep(&self) -> io::Result<()> {
-        let all: Vec<_> = self.all().iter().map(|workload| self.memory.reduced((**workload).as_ref())).collect();
+        let all = self.all();
+        let containers = all.iter().map(|workload| (**workload).as_ref()).filter(|container| !container.service);
+        let all: Vec<_> = containers.map(|container| self.memory.reduced(container)).collect();
         volatile::replace(&self.memory.file, &serde_json::to_vec(&all)?)
     }
 }

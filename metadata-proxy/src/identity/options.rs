@@ -69,7 +69,7 @@ pub(super) const ALL: [Names; 11] = [
 /// Session tags of one session.
 const TAGS: usize = 50;
 
-const PREFIX: &str = "metadata-proxy.";
+pub(crate) const PREFIX: &str = "metadata-proxy.";
 /// What an error message repeats of somebody's input.
 const QUOTE_LIMIT: usize = 100;
 /// Of what an image has in the same words.
@@ -84,7 +84,13 @@ impl Options {
         let of_image = container.from_image.iter().flat_map(|image| image.labels.keys());
         let mut labels = container.labels.keys().chain(of_image);
         if let Some(label) = labels.find(|label| label.starts_with(PREFIX) && !known(label)) {
-            let known: Vec<_> = ALL.iter().flat_map(|names| names.labels.iter().copied()).collect();
+            let known = ALL.iter().flat_map(|names| names.labels.iter().copied());
+            if container.service {
+                let [label, known] =
+                    [label.as_str(), &known.collect::<Vec<_>>().join(", ")].map(|all| all.replace(PREFIX, ""));
+                return Err(format!("{label:?}: there is no such setting of a service, only role, {known}"));
+            }
+            let known: Vec<_> = known.collect();
             return Err(format!("label {label:?}: there is no such option, only {}", known.join(", ")));
         }
         one_policy(container)?;

@@ -4,13 +4,15 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::origin;
+use super::{options::PREFIX, origin};
 use crate::containers::Container;
 
 /// Where a container's role or option was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     Label(&'static str),
+    /// A setting of a `[[service]]`, by the label that it would be of a container.
+    Service(&'static str),
     Environment(&'static str),
 }
 
@@ -25,7 +27,9 @@ pub(super) struct Found<'a> {
 impl Source {
     fn find(self, container: &Container) -> Option<Found<'_>> {
         let (own, image) = match self {
-            Self::Label(name) => (origin::label(container, name), origin::image_label(container, name)),
+            Self::Label(name) | Self::Service(name) => {
+                (origin::label(container, name), origin::image_label(container, name))
+            }
             Self::Environment(name) => {
                 (container.env.get(name).map(String::as_str), origin::image_variable(container, name))
             }
@@ -49,6 +53,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Label(name) => write!(f, "label {name}"),
+            Self::Service(name) => write!(f, "[[service]] {}", name.trim_start_matches(PREFIX)),
             Self::Environment(name) => write!(f, "environment variable {name}"),
         }
     }
@@ -73,14 +78,18 @@ pub(crate) struct Names {
 }
 
 impl Names {
-    fn sources(&self) -> impl Iterator<Item = Source> {
-        let labels = self.labels.iter().map(|name| Source::Label(name));
-        labels.chain(self.variables.iter().map(|name| Source::Environment(name)))
+    fn sources(&self, container: &Container) -> impl Iterator<Item = Source> {
+        // The operator says it under one name only.
+        let (label, most): (fn(&'static str) -> Source, _) =
+            if container.service { (Source::Service, 1) } else { (Source::Label, usize::MAX) };
+        let labels = self.labels.iter().take(most).map(move |name| label(name));
+        let variables = self.variables.iter().filter(move |_| most > 1);
+        labels.chain(variables.map(|name| Source::Environment(name)))
     }
 
     /// Those that are there, whoever has said them.
     pub(super) fn found<'a>(&self, container: &'a Container) -> impl Iterator<Item = Found<'a>> {
-        self.sources().filter_map(|source| source.find(container))
+        self.sources(container).filter_map(|source| source.find(container))
     }
 
     /// Those that count.
@@ -102,6 +111,6 @@ impl Names {
             let counts = found.filter(|_| !from_image || self.of_image == OfImage::Counts);
             Said { source: source.to_string(), value: counts.map(|found| found.value.to_owned()), from_image }
         };
-        self.sources().map(said).collect()
+        self.sources(container).map(said).collect()
     }
 }

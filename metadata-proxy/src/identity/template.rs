@@ -49,8 +49,17 @@ enum Field {
     Variable(String),
 }
 
-const NAMES: [&str; 8] =
-    ["container.name", "container.id", "image", "compose.project", "compose.service", "ecs.task", "ecs.family", "host"];
+const NAMES: [&str; 9] = [
+    "container.name",
+    "container.id",
+    "image",
+    "compose.project",
+    "compose.service",
+    "ecs.task",
+    "ecs.family",
+    "host",
+    "service.unit",
+];
 
 const ID: Field = Field::Named("container.id");
 
@@ -87,6 +96,7 @@ impl Field {
             Self::Variable(name) => container.env.get(name).map(String::as_str).unwrap_or_default(),
             Self::Named("container.name") => &container.name,
             Self::Named("container.id") => &container.id,
+            Self::Named("service.unit") if container.service => &container.name,
             Self::Named("image") => &container.image,
             Self::Named("host") => host,
             // The id at the end of the ARN.

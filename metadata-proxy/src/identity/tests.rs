@@ -25,6 +25,7 @@ pub(crate) fn container(name: &str, labels: &[(&str, &str)], env: &[(&str, &str)
         image: "registry/app:1.2".to_owned(),
         networks: vec!["bridge".to_owned()],
         user_namespace: UserNamespace::Host,
+        service: false,
         from_image: Some(Given::default()),
         labels: map(labels),
         env: map(env),

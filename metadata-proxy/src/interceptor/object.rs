@@ -25,8 +25,19 @@ pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("METADATA_PRO
 const DIRECTORY: &str = "metadata-proxy";
 
 /// The maps that outlive the daemon. Not the log: its reader is gone with it.
-const MAPS: [&str; 10] =
-    ["SETTINGS", "CGROUPS", "NESTED", "LISTENERS", "OURS", "FLOWS", "WANTED", "COUNTERS", "CLIENTS", "ACCEPTED"];
+const MAPS: [&str; 11] = [
+    "SETTINGS",
+    "CGROUPS",
+    "NESTED",
+    "HOSTS",
+    "LISTENERS",
+    "OURS",
+    "FLOWS",
+    "WANTED",
+    "COUNTERS",
+    "CLIENTS",
+    "ACCEPTED",
+];
 
 /// The pins of one layout version and one attach point.
 pub(super) struct Pins {
@@ -207,10 +218,11 @@ mod tests {
     #[test]
     fn maps_change_only_with_the_layout_version() {
         // Name, type, size of the key and of the value in bytes, entries, flags.
-        let of_version_3 = [
-            ("SETTINGS", 2, 4, 48, 1, 0),
+        let of_version_4 = [
+            ("SETTINGS", 2, 4, 56, 1, 0),
             ("CGROUPS", 1, 8, 4, 16384, 0),
             ("NESTED", 1, 8, 4, 4096, 0),
+            ("HOSTS", 1, 8, 4, 8192, 0),
             ("LISTENERS", 1, 8, 4, 16384, 0),
             ("OURS", 24, 4, 4, 0, 1),
             ("FLOWS", 9, 24, 88, 16384, 0),
@@ -224,6 +236,6 @@ mod tests {
             let map = &object.maps[name];
             (name, map.map_type(), map.key_size(), map.value_size(), map.max_entries(), map.map_flags())
         });
-        assert_eq!((LAYOUT_VERSION, maps), (3, of_version_3), "the maps have changed: raise LAYOUT_VERSION");
+        assert_eq!((LAYOUT_VERSION, maps), (4, of_version_4), "the maps have changed: raise LAYOUT_VERSION");
     }
 }

@@ -11,6 +11,13 @@ leaks() { cat /run/cloud.log /run/near.log 2> /dev/null | grep ' SECRET$' | grep
 # A host process, as `leaks` knows it.
 on_host() { busybox timeout 10 wget -qO- -U host-process "$@"; }
 
+# in_unit NAME OPTION...: the role that this unit sees as soon as it runs.
+in_unit() {
+    name=$1; shift
+    seen=$(systemd-run --quiet --wait --pipe --unit "$name" "$@" busybox timeout 20 wget -qO- -U host-process "$roles") || true
+    echo "$name: ${seen:-nothing}"
+}
+
 # wait_for SECONDS COMMAND...: until it succeeds.
 wait_for() {
     left=$(($1 * 5)); shift

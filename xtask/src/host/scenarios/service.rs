@@ -11,6 +11,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario { name: "reload of a wrong file: refused, the old one holds", quick: false, run: refused },
     Scenario { name: "journal: that is a warning, attaching is none", quick: false, run: priorities },
     Scenario { name: "restart under load: no request fails", quick: false, run: restart },
+    Scenario { name: "[[service]]: units have roles of their own, or none", quick: true, run: services },
     Scenario { name: "kill -9: comes back", quick: false, run: kill },
     Scenario { name: "kill -STOP: the watchdog replaces it", quick: true, run: hang },
     Scenario { name: "a full disk below the audit log: serves", quick: false, run: full_disk },
@@ -74,6 +75,35 @@ fn restart(guest: &mut Guest) -> anyhow::Result<String> {
          cat /var/lib/seen/* | grep nothing | tail -n +$((before + 1))")?;
     same(&seen, &format!("active\n{SERVED}"))?;
     Ok("active".to_owned())
+}
+
+/// From the unit's first instruction; once more when it is started anew, and with a network of its own.
+fn services(guest: &mut Guest) -> anyhow::Result<String> {
+    let seen = guest.sh("configure '
+[host]
+default = \"deny\"
+[[service]]
+unit = \"job-*.service\"
+role = \"job\"
+[[service]]
+unit = \"agent.service\"
+role = \"@instance\"'
+         systemctl restart $unit; wait_for 20 serves
+         in_unit job-1; in_unit job-1; in_unit job-2 --property PrivateNetwork=yes; in_unit agent; in_unit other
+         metadata-proxy ps | grep -c systemd
+         configure ''; systemctl restart $unit; wait_for 20 serves; in_unit other")?;
+    let (answers, known) = seen
+        .rsplit_once("\nother:")
+        .and_then(|(before, after)| {
+            let (answers, known) = before.rsplit_once('\n')?;
+            Some((format!("{answers}\nother:{after}"), known.to_owned()))
+        })
+        .unwrap_or_default();
+    same(
+        &answers,
+        "job-1: job\njob-1: job\njob-2: job\nagent: simulated-host-role\nother: nothing\nother: simulated-host-role",
+    )?;
+    Ok(format!("{known} known to ps"))
 }
 
 fn kill(guest: &mut Guest) -> anyhow::Result<String> {
