@@ -25,14 +25,14 @@ struct Distribution {
     name: &'static str,
     /// Debian's name of it.
     release: &'static str,
-    /// The package that has `docker`, which older ones have in that of the daemon.
-    client: &'static str,
+    /// What older ones have in the daemon's package: `docker`, and its client of BuildKit.
+    clients: &'static [&'static str],
 }
 
 const DISTRIBUTIONS: [Distribution; 3] = [
-    Distribution { name: "debian-12", release: "bookworm", client: "docker.io" },
-    Distribution { name: "debian-13", release: "trixie", client: "docker-cli" },
-    Distribution { name: "debian-testing", release: "testing", client: "docker-cli" },
+    Distribution { name: "debian-12", release: "bookworm", clients: &[] },
+    Distribution { name: "debian-13", release: "trixie", clients: &["docker-cli", "docker-buildx"] },
+    Distribution { name: "debian-testing", release: "testing", clients: &["docker-cli", "docker-buildx"] },
 ];
 
 /// Where the scenarios take the least time.
@@ -130,7 +130,8 @@ pub(crate) fn run_all(options: &Options) -> anyhow::Result<()> {
     let mut good = true;
     for distribution in chosen {
         let kernel = format!("linux-image-cloud-{}", target.debian);
-        let packages: Vec<&str> = PACKAGES.into_iter().chain([kernel.as_str(), distribution.client]).collect();
+        let clients = distribution.clients.iter().copied();
+        let packages: Vec<&str> = PACKAGES.into_iter().chain([kernel.as_str()]).chain(clients).collect();
         let name = format!("{}-{}", distribution.name, target.debian);
         let recipe = Recipe {
             name: &name,

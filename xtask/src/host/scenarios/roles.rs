@@ -11,6 +11,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario { name: "host", quick: true, run: |guest| own(guest, "host") },
     Scenario { name: "none", quick: true, run: |guest| own(guest, "none") },
     Scenario { name: "another container's", quick: true, run: shared },
+    Scenario { name: "a step of a build, by BuildKit and without, host: nothing", quick: true, run: builds },
     Scenario { name: "a process of the host: the host's", quick: true, run: host_process },
     Scenario { name: "a stand-in on the host's loopback: for the host only", quick: false, run: loopback },
 ];
@@ -31,6 +32,21 @@ fn shared(guest: &mut Guest) -> anyhow::Result<String> {
          docker exec pod ask 20 | cut -d' ' -f1; docker rm --force pod",
     )?;
     same(&seen, "web, key of web\npod\npod")
+}
+
+/// No engine tells of what BuildKit runs, and its cgroup is named otherwise than a container's.
+fn builds(guest: &mut Guest) -> anyhow::Result<String> {
+    let mut seen = Vec::new();
+    for (buildkit, network) in [(1, "host"), (1, "default"), (0, "host")] {
+        let said = guest.sh(&format!(
+            "printf 'FROM box\\nRUN cat /proc/self/cgroup > /tmp/cgroup; ask 1 > /tmp/said; true\\n' |
+                 DOCKER_BUILDKIT={buildkit} docker build --quiet --no-cache --network={network} --tag built - > /dev/null
+             docker run --rm built cat /tmp/said; docker run --rm built cat /tmp/cgroup; docker rmi --force built > /dev/null"
+        ))?;
+        ensure!(said.starts_with("nothing: ") && said.contains("404") && !said.contains("role"), "{said}");
+        seen.push(said.lines().next_back().unwrap_or_default().to_owned());
+    }
+    Ok(seen.join(", "))
 }
 
 fn host_process(guest: &mut Guest) -> anyhow::Result<String> {
