@@ -3,6 +3,7 @@
 
 pub(crate) mod about;
 pub(crate) mod client;
+mod conflicts;
 mod other;
 pub(crate) mod status;
 

@@ -2,6 +2,8 @@
 //! what `run` would mount.
 #![expect(clippy::print_stdout, reason = "the table is its standard output")]
 
+mod ecs;
+
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -45,6 +47,9 @@ pub(crate) async fn run(config: &Config) -> bool {
     table.line("exempt cgroups", exempt(config));
     for (name, result) in engines(config).await {
         table.line(&name, result);
+    }
+    if let Some(agent) = ecs::agent(config).await {
+        table.advice("ECS agent", agent);
     }
     let aws = Aws::connect(config.imds_endpoint.as_deref()).await;
     let clock = clock(aws.as_ref().ok()).await;

@@ -166,6 +166,7 @@ async fn every_kind_of_refusal_is_told_apart() -> Result<()> {
         }
         let lines: Vec<_> = explained.lines().filter(|line| line.starts_with("role  ")).collect();
         ensure!(lines.len() == 1 && !explained.contains('\u{1b}'), "{name}: {lines:?}");
+        ensure!(!explained.contains("AKIAOFITSOWN"), "a value of the environment");
         Ok(())
     };
     told(
@@ -267,6 +268,12 @@ async fn every_kind_of_refusal_is_told_apart() -> Result<()> {
     for given in [id, prefix, "plain"] {
         ensure!(text(&ask(&stage, &["explain", given])?).starts_with("container    plain ("), "{given}");
     }
+    let own = ContainerSpec::resident("own").label(ROLE, "web").env("AWS_ACCESS_KEY_ID", "AKIAOFITSOWN");
+    stage.run(own.env("AWS_EC2_METADATA_DISABLED", "true")).await?;
+    told(
+        "own",
+        &["conflict     environment variable AWS_ACCESS_KEY_ID: ", "AWS_EC2_METADATA_DISABLED: SDKs do not ask"],
+    )?;
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use anyhow::{Context as _, Result, ensure};
 use jiff::SignedDuration;
 use metadata_proxy_tests::{
-    host::{Machine, TestHost, program},
+    host::{ContainerSpec, Machine, Network, TestHost, program},
     stage::{self, daemon_options},
     sts::Fault,
 };
@@ -150,6 +150,26 @@ async fn a_name_server_at_the_address_of_the_metadata_service_is_named() -> Resu
     let failed = lines(&output, "FAILED");
     let named = |line: &String| line.contains("name servers") && line.contains("daemon.json");
     ensure!(matches!(failed.as_slice(), [line] if named(line)), "{output:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ecs_agent_that_would_lose_its_role_is_named_and_the_example_keeps_it() -> Result<()> {
+    let host = TestHost::start().await?;
+    let _imds = stage::start_imds(&host)?;
+    let _sts = stage::start_sts(&host)?;
+    let _agent = host.run(ContainerSpec::resident("ecs-agent").network(Network::Host)).await?;
+    let agent = |arguments: &[&str], status: &str| -> Result<String> {
+        let output = check(&host, arguments)?;
+        ensure!(output.status.success(), "{output:?}");
+        let found = lines(&output, status).into_iter().find(|line| line.contains("ECS agent"));
+        found.with_context(|| format!("{output:?}"))
+    };
+    let line = agent(&[], "warning")?;
+    ensure!(line.contains("[exempt] containers = [\"ecs-agent\"]"), "{line}");
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/ecs/config.toml");
+    let line = agent(&["--config", example], "ok")?;
+    ensure!(line.contains("ecs-agent keeps the host's role"), "{line}");
     Ok(())
 }
 

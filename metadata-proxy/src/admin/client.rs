@@ -130,6 +130,7 @@ fn lines(status: &Status, now: Timestamp) -> Vec<(&'static str, String)> {
         format!("{agent} at {time}, from {address}, process {pid} in cgroup {cgroup}; request {}", status.requests)
     });
     lines.push(("last client", client));
+    lines.extend(status.conflicts.iter().map(|conflict| ("conflict", conflict.clone())));
     for said in &status.sources {
         let value = match (&said.value, said.from_image) {
             (None, true) => "from the image, does not count",

@@ -5,6 +5,7 @@ use std::{fs, path::PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::conflicts;
 use crate::{
     containers::{UserNamespace, cgroup},
     credentials::{Failure, RoleSession, SessionState, Store},
@@ -41,6 +42,9 @@ pub(crate) struct Status {
     /// What STS is asked for beside these, by the names of the labels.
     pub(crate) options: Vec<(String, String)>,
     pub(crate) credentials: Credentials,
+    /// What keeps its SDKs from asking.
+    #[serde(default)]
+    pub(crate) conflicts: Vec<String>,
     /// What to do if this is not what was meant.
     pub(crate) advice: Option<String>,
     pub(crate) requests: u64,
@@ -121,6 +125,7 @@ pub(crate) fn of(workload: &Workload, store: &Store) -> Status {
         session: role.map(|(_, session)| session.session_name.clone()),
         options,
         credentials: role.map_or(Credentials::None, |(_, session)| credentials(store.state(session))),
+        conflicts: conflicts::of(container),
         advice: advice(&decision.verdict).map(str::to_owned),
         requests: seen.requests,
         last_client: seen.last,

@@ -19,7 +19,7 @@ use jiff::Timestamp;
 use tracing::{info, warn};
 
 use super::{
-    Given,
+    Container, Given, UserNamespace,
     description::{Lookup, lookup, settings_of},
     on_disk::OnDisk,
     socket::{self, Owner},
@@ -178,6 +178,20 @@ impl Engine {
         let list = self.clients().await?.docker.list_containers(None::<ListContainersOptions>).await;
         let list = list.context("cannot list containers")?;
         Ok(list.into_iter().filter_map(|container| container.id).collect())
+    }
+
+    /// The first of its running containers that is one of these.
+    pub(crate) async fn find(&self, is_it: impl Fn(&Container) -> bool) -> anyhow::Result<Option<Container>> {
+        self.check(std::iter::empty()).await?;
+        for id in self.running().await? {
+            if let Lookup::Running(description) = self.inspect(&id).await? {
+                let container = description.at(0, UserNamespace::Host, self.name());
+                if is_it(&container) {
+                    return Ok(Some(container));
+                }
+            }
+        }
+        Ok(None)
     }
 
     pub(super) async fn inspect(&self, id: &str) -> anyhow::Result<Lookup> {
