@@ -86,12 +86,12 @@ default = \"deny\"
 unit = \"job-*.service\"
 role = \"job\"
 [[service]]
-unit = \"agent.service\"
+unit = \"monitor.service\"
 role = \"@instance\"'
          systemctl restart $unit; wait_for 20 serves
-         in_unit job-1; in_unit job-1; in_unit job-2 --property PrivateNetwork=yes; in_unit agent; in_unit other
+         in_unit job-1; in_unit job-1; in_unit job-2 --property PrivateNetwork=yes; in_unit monitor; in_unit other
          configure ''; systemctl restart $unit; wait_for 20 serves; in_unit other")?;
-    let expected = "job-1: job\njob-1: job\njob-2: job\nagent: simulated-host-role\nother: nothing\n\
+    let expected = "job-1: job\njob-1: job\njob-2: job\nmonitor: simulated-host-role\nother: nothing\n\
                     other: simulated-host-role";
     same(&seen, expected)
 }
