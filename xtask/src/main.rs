@@ -1,6 +1,8 @@
 //! `cargo xtask`: builds, runs, shows and tests metadata-proxy, and installs what that needs.
 
+mod arch;
 mod build;
+mod elf;
 mod fuzz;
 mod host;
 mod install;

@@ -13,7 +13,8 @@ use super::scenarios::{Chosen, NotHere};
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// The last that the daemon and systemd have to say, but for what our containers cause many times.
-const LOG: &str = "journalctl --no-pager --boot --unit 'metadata-proxy*' | grep -v 'handed out' | tail -n 40";
+const LOG: &str =
+    "journalctl --no-pager --boot --output short-precise --unit 'metadata-proxy*' | grep -v 'handed out' | tail -n 40";
 
 pub(super) struct Guest {
     distribution: &'static str,

@@ -11,10 +11,11 @@ leaks() { cat /run/cloud.log /run/near.log 2> /dev/null | grep ' SECRET$' | grep
 # A host process, as `leaks` knows it.
 on_host() { busybox timeout 10 wget -qO- -U host-process "$@"; }
 
-# in_unit NAME OPTION...: the role that this unit sees as soon as it runs.
+# in_unit NAME OPTION...: the role that this unit sees as soon as it runs. It is not kept, also where that has failed.
 in_unit() {
     name=$1; shift
-    seen=$(systemd-run --quiet --wait --pipe --unit "$name" "$@" busybox timeout 20 wget -qO- -U host-process "$roles") || true
+    seen=$(systemd-run --quiet --wait --pipe --collect --unit "$name" "$@" \
+        sh -c "exec busybox timeout 20 wget -qO- -U host-process $roles 2> /dev/null") || true
     echo "$name: ${seen:-nothing}"
 }
 

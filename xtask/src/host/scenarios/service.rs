@@ -90,13 +90,13 @@ default = \"deny\"
 unit = \"job-*.service\"
 role = \"job\"
 [[service]]
-unit = \"ssm.service\"
+unit = \"monitor.service\"
 role = \"@instance\"'
          systemctl restart $unit; wait_for 20 serves
-         in_unit job-1; in_unit job-1; in_unit job-2 --property PrivateNetwork=yes; in_unit ssm; in_unit rest
-         configure ''; systemctl restart $unit; wait_for 20 serves; in_unit rest")?;
-    let expected = "job-1: job\njob-1: job\njob-2: job\nssm: simulated-host-role\nrest: nothing\n\
-                    rest: simulated-host-role";
+         in_unit job-1; in_unit job-1; in_unit job-2 --property PrivateNetwork=yes; in_unit monitor; in_unit other
+         configure ''; systemctl restart $unit; wait_for 20 serves; in_unit other")?;
+    let expected = "job-1: job\njob-1: job\njob-2: job\nmonitor: simulated-host-role\nother: nothing\n\
+                    other: simulated-host-role";
     same(&seen, expected)
 }
 
