@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -22,7 +25,7 @@ use super::{
     Container, Given, UserNamespace,
     description::{Lookup, lookup, settings_of},
     on_disk::OnDisk,
-    socket::{self, Owner},
+    socket::{self, Answering, Owner},
 };
 
 /// An engine that does not answer is as bad as none; SDKs wait a second.
@@ -59,6 +62,8 @@ pub(crate) struct Engine {
     remaps: Mutex<Option<bool>>,
     /// Where its files are, as far as that is known.
     on_disk: Mutex<Option<OnDisk>>,
+    /// What is there is its own.
+    has_our_files: AtomicBool,
 }
 
 /// Id and architecture: such an image never changes.
@@ -84,6 +89,7 @@ impl Engine {
         Self {
             at,
             on_disk: Mutex::new(host.then(OnDisk::of_the_host)),
+            has_our_files: AtomicBool::default(),
             owner: Mutex::default(),
             clients: Mutex::default(),
             trust_images,
@@ -113,7 +119,7 @@ impl Engine {
         if let Some(other) = earlier.find(|other| own.is_some() && identity(other) == own) {
             bail!("its socket {} is that of engine {}", path.display(), other.name());
         }
-        let owner = socket::owner(path).await.with_context(|| self.remedy())?;
+        let Answering { owner, has_our_files } = socket::owner(path).await.with_context(|| self.remedy())?;
         if let Owner::User(uid) = owner {
             info!(
                 "engine {} is user {uid}'s: its containers get roles by rules that name it, and no others",
@@ -121,6 +127,7 @@ impl Engine {
             );
         }
         *self.owner.lock().unwrap_or_else(PoisonError::into_inner) = Some(owner);
+        self.has_our_files.store(has_our_files, Ordering::Relaxed);
         Ok(())
     }
 
@@ -218,7 +225,9 @@ impl Engine {
     /// From its files, while it does not answer. None: there is nothing to be had of this container.
     pub(super) fn lookup_on_disk(&self, id: &str) -> Option<Lookup> {
         let on_disk = self.on_disk.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        on_disk.filter(|_| matches!(self.of_user(), Ok(None)))?.lookup(id, self.trust_images)
+        on_disk
+            .filter(|_| self.has_our_files.load(Ordering::Relaxed) && matches!(self.of_user(), Ok(None)))?
+            .lookup(id, self.trust_images)
     }
 
     /// The settings in an image; None if the engine cannot tell.

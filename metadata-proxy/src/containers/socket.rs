@@ -19,11 +19,20 @@ pub(crate) enum Owner {
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 const STICKY: u32 = 0o1000;
 
+/// Who answers at a socket.
+#[derive(Debug)]
+pub(super) struct Answering {
+    pub(super) owner: Owner,
+    /// It has the files that we have, or the host: those of an engine in a container are others of the same names.
+    pub(super) has_our_files: bool,
+}
+
 /// The owner by the path, each part of which somebody could have put in place of another, and by who answers there.
-pub(super) async fn owner(path: &Path) -> anyhow::Result<Owner> {
+pub(super) async fn owner(path: &Path) -> anyhow::Result<Answering> {
     let owner = by_path(path)?;
     let stream = UnixStream::connect(path).await.with_context(|| format!("cannot connect to {}", path.display()))?;
-    let answering = stream.peer_cred().context("cannot tell who answers at the socket")?.uid();
+    let peer = stream.peer_cred().context("cannot tell who answers at the socket")?;
+    let answering = peer.uid();
     let expected = match owner {
         Owner::Root => 0,
         Owner::User(uid) => uid,
@@ -31,7 +40,10 @@ pub(super) async fn owner(path: &Path) -> anyhow::Result<Owner> {
     if answering != expected {
         bail!("{} belongs to user {expected}, and user {answering} answers there", path.display());
     }
-    Ok(owner)
+    let mounts = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    let its = peer.pid().and_then(|pid| mounts(&pid.to_string()));
+    let has_our_files = its.is_some() && ["self", "1"].map(mounts).contains(&its);
+    Ok(Answering { owner, has_our_files })
 }
 
 /// All that is walked through on the way, links included.
@@ -111,7 +123,8 @@ mod tests {
         let directory = directory("swapped");
         let socket = |owner: &str| directory.join(owner).join("engine.sock");
         let _root = tokio::net::UnixListener::bind(socket("0")).unwrap();
-        assert_eq!(owner(&socket("0")).await.unwrap(), Owner::Root);
+        let answering = owner(&socket("0")).await.unwrap();
+        assert_eq!((answering.owner, answering.has_our_files), (Owner::Root, true));
         assert_eq!(by_path(&directory.join("1000/../0/engine.sock")).unwrap(), Owner::User(1000));
 
         // A user's socket that root answers at, by a link or by a file of root's in a user's directory.
