@@ -11,6 +11,7 @@ mod follow;
 pub(crate) mod memory;
 mod network;
 mod on_disk;
+mod service;
 mod socket;
 
 use std::{
@@ -40,6 +41,7 @@ use crate::netns;
 use description::{Description, Lookup};
 use docker::Engine;
 use memory::Memory;
+use service::SERVICES;
 
 /// A running container, as the engine describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,8 +161,6 @@ fn on_the_way<'a>(flow: &Flow, cgroups: &'a HashMap<u64, String>) -> impl Iterat
     path.filter_map(|cgroup| cgroups.get(&cgroup))
 }
 
-/// In place of an engine.
-const SERVICES: usize = usize::MAX;
 /// Between two looks at a container that is just starting.
 const POLL: Duration = Duration::from_millis(5);
 /// Between two full looks at the engine for strangers.
@@ -219,23 +219,6 @@ impl<W: Send + Sync + 'static> Registry<W> {
         let is_service = |id: &String| entries.get(id).is_some_and(|entry| entry.engine == SERVICES);
         let contested = known.any(|above| above != id && is_service(above));
         entries.get(id).filter(|_| !contested).map(|entry| Arc::clone(&entry.workload))
-    }
-
-    /// A service of the host, for as long as its cgroup is there.
-    pub(crate) fn admit_service(&self, service: Container) {
-        let Container { id, pid, cgroup, name, .. } = service.clone();
-        let mut entries = self.write();
-        let before = entries.get(&id).map(|entry| Arc::clone(&entry.workload));
-        let workload = Arc::new((self.admit)(service, before.as_deref()));
-        self.write_cgroups().insert(cgroup, id.clone());
-        entries.insert(id, Entry { engine: SERVICES, pid, cgroup, name, complete: true, workload });
-    }
-
-    pub(crate) fn dismiss_service(&self, cgroup: u64) {
-        let id = self.read_cgroups().get(&cgroup).cloned();
-        if let Some(id) = id {
-            self.dismiss_if(&id, |entry| entry.engine == SERVICES);
-        }
     }
 
     /// A container that has just started is running before the engine says so.

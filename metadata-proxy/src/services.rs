@@ -220,10 +220,18 @@ impl Services {
         let found = self.settings.services.iter().find_map(|service| Some((service, service.on_the_way(path)?)));
         let Some((service, own)) = found.filter(|(_, own)| !self.own.starts_with(own)) else { return false };
         let Ok(id) = cgroup::id_at(&self.root, &own) else { return false };
-        if self.known().insert(own.clone(), id) != Some(id) {
-            info!(cgroup = id, "{}: service {}", service.place, own.display());
-            self.registry.admit_service(service.container(&own, pid, id));
+        // Locked until the registry has it: who else asks at the same time is not to find nothing there.
+        let mut known = self.known();
+        let before = known.insert(own.clone(), id);
+        if before == Some(id) {
+            return true;
         }
+        // It has been started anew.
+        if let Some(before) = before {
+            self.registry.dismiss_service(before);
+        }
+        info!(cgroup = id, "{}: service {}", service.place, own.display());
+        self.registry.admit_service(service.container(&own, pid, id));
         true
     }
 
