@@ -55,16 +55,16 @@ pub(crate) fn daemon_for(target: Target, release: bool) -> anyhow::Result<PathBu
     cross(build(release), target, profile(release), "metadata-proxy")
 }
 
-/// A program of the tests, for any processor.
-pub(crate) fn of_tests(target: Target, name: &str) -> anyhow::Result<PathBuf> {
+/// The stand-ins that run beside whole hosts, for any processor.
+pub(crate) fn cloud_for(target: Target) -> anyhow::Result<PathBuf> {
     let mut build = cargo();
-    build.args(["build", "--quiet", "--package", "metadata-proxy-tests", "--bin", name]);
+    build.args(["build", "--quiet", "--package", "metadata-proxy-tests", "--bin", "cloud"]);
     install::c_toolchain()?;
     if target.is_native() {
         run(&mut build)?;
-        return binary(profile(false), name);
+        return binary(profile(false), "cloud");
     }
-    cross(build, target, profile(false), name)
+    cross(build, target, profile(false), "cloud")
 }
 
 fn cross(mut build: Command, target: Target, profile: &str, name: &str) -> anyhow::Result<PathBuf> {

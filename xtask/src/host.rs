@@ -2,6 +2,7 @@
 //! engine. The package is installed there, and put through what happens to a host.
 #![expect(clippy::print_stdout, reason = "the table is its standard output")]
 
+mod arch;
 mod guest;
 mod machine;
 mod payload;
@@ -14,9 +15,9 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 
+use self::arch::Arch;
 use self::guest::Guest;
 use self::machine::Machine;
-use crate::arch::Arch;
 use crate::install::{self, Recipe};
 use crate::{package, workspace};
 

@@ -35,8 +35,8 @@ pub(crate) use self::further::further_clients;
 pub(crate) use self::fuzz::{cargo_fuzz, cpp_toolchain};
 pub(crate) use self::kernel::{Kernel, kernel};
 pub(crate) use self::packagers::{cargo_cyclonedx, cargo_deb, cargo_generate_rpm};
-pub(crate) use self::qemu::{CERTIFICATES, QEMU, QEMU_ARM, certificates, emulator};
-pub(crate) use self::system::{guest_system, image_system};
+pub(crate) use self::qemu::{CERTIFICATES, QEMU, QEMU_ARM, emulator, qemu};
+pub(crate) use self::system::image_system;
 
 /// A C compiler, for the crates that bring C along (the TLS of the AWS SDK). Rust itself links with
 /// it, so it is missing only where another linker has been set up.

@@ -1,8 +1,6 @@
 //! `cargo xtask`: builds, runs, shows and tests metadata-proxy, and installs what that needs.
 
-mod arch;
 mod build;
-mod elf;
 mod fuzz;
 mod host;
 mod install;

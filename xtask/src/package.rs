@@ -5,6 +5,7 @@
 #![expect(clippy::print_stdout, reason = "the table is its standard output")]
 
 mod archive;
+mod elf;
 mod image;
 mod licences;
 mod stage;
@@ -18,14 +19,8 @@ use std::{
 use anyhow::{Context as _, ensure};
 use sha2::{Digest as _, Sha256};
 
-use self::archive::Archive;
-use crate::{
-    build,
-    elf::{self, Needs},
-    install::ask,
-    target::Target,
-    workspace,
-};
+use self::{archive::Archive, elf::Needs};
+use crate::{build, install::ask, target::Target, workspace};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const SUMS: &str = "SHA256SUMS";

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 
+use super::arch::Arch;
 use super::port::{Answer, Port};
-use crate::arch::Arch;
 use crate::install::{System, describe, find, quietly};
 
 /// Emulated, and on a machine that has other work, the slowest boot takes a third of this.

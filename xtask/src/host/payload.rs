@@ -33,7 +33,7 @@ pub(super) fn make(package: &Path, image: bool, target: Target, scratch: &Path) 
         fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
     }
-    fs::copy(build::of_tests(target, "cloud")?, folder.join("cloud")).context("copy the stand-ins")?;
+    fs::copy(build::cloud_for(target)?, folder.join("cloud")).context("copy the stand-ins")?;
     fs::copy(package, folder.join("now.deb")).with_context(|| format!("copy {}", package.display()))?;
     if image {
         fs::copy(image_of(package, target), folder.join("image.tar"))
@@ -69,15 +69,10 @@ fn image_of(package: &Path, target: Target) -> PathBuf {
 
 /// Whether a package is for this processor.
 pub(super) fn check(package: &Path, target: Target) -> anyhow::Result<()> {
-    ensure!(package.is_file(), "there is no package {}", package.display());
     let field = ask("dpkg-deb", &["--field", &package.to_string_lossy(), "Architecture"]);
     let field = field.with_context(|| format!("{} is no package of Debian", package.display()))?;
     let (field, guest) = (field.trim(), target.debian);
-    ensure!(
-        field == guest,
-        "{} is for {field}, and the guests are {guest}: choose others by --arch",
-        package.display()
-    );
+    ensure!(field == guest, "{} is for {field}, and the guests are {guest}; see --arch", package.display());
     Ok(())
 }
 

@@ -24,13 +24,12 @@ pub(super) struct Archive {
 impl Archive {
     /// Fetches the lists of these releases, by their names or `testing`, into `root`.
     pub(super) fn open(root: &Path, releases: &[&str], on_system: bool) -> anyhow::Result<Self> {
-        Self::fetch(Self { root: root.to_owned(), on_system, architecture: None }, of_releases(releases)?)
-    }
-
-    /// The packages of one release for any architecture.
-    pub(super) fn of_release(root: &Path, release: &str, architecture: &'static str) -> anyhow::Result<Self> {
-        let archive = Self { root: root.to_owned(), on_system: false, architecture: Some(architecture) };
-        Self::fetch(archive, of_releases(&[release])?)
+        let all = sources()?;
+        let main = all.iter().find(|source| source.label == MAIN);
+        let main = main.context(NO_DEBIAN)?;
+        // What serves the machine's own release serves the others.
+        let sources = releases.iter().map(|release| Source { release: (*release).to_owned(), ..main.clone() });
+        Self::fetch(Self { root: root.to_owned(), on_system, architecture: None }, sources.collect())
     }
 
     /// The packages of this machine's own release for any architecture, with the updates that the machine itself gets.
@@ -157,13 +156,6 @@ const NO_DEBIAN: &str = "no source of this machine's apt is Debian's main archiv
 pub(super) fn mirror() -> anyhow::Result<String> {
     let main = sources()?.into_iter().find(|source| source.label == MAIN);
     main.map(|source| source.mirror).context(NO_DEBIAN)
-}
-
-/// What serves the machine's own release serves the others.
-fn of_releases(releases: &[&str]) -> anyhow::Result<Vec<Source>> {
-    let all = sources()?;
-    let main = all.iter().find(|source| source.label == MAIN).context(NO_DEBIAN)?;
-    Ok(releases.iter().map(|release| Source { release: (*release).to_owned(), ..main.clone() }).collect())
 }
 
 fn sources() -> anyhow::Result<Vec<Source>> {

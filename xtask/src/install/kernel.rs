@@ -8,10 +8,9 @@ use anyhow::{Context as _, bail, ensure};
 
 use super::archive::Archive;
 use super::{Cache, announce};
-use crate::target::Target;
 
 /// The ones for virtual machines: the same kernel with fewer modules, a third of the size.
-const PACKAGE: &str = "linux-image-cloud";
+const PACKAGE: &str = "linux-image-cloud-amd64";
 
 /// A kernel that can be booted.
 pub(crate) struct Kernel {
@@ -24,19 +23,18 @@ pub(crate) struct Kernel {
 /// The newest kernel of a Debian release, whose version has to begin with `line`.
 ///
 /// Once it is in the cache it stays as it is, unless `renew` says otherwise.
-pub(crate) fn kernel(debian: &str, line: &str, target: Target, renew: bool) -> anyhow::Result<Kernel> {
+pub(crate) fn kernel(debian: &str, line: &str, renew: bool) -> anyhow::Result<Kernel> {
     let cache = Cache::open()?;
-    let package = format!("{PACKAGE}-{}", target.debian);
-    let inputs: [&[u8]; 2] = [debian.as_bytes(), package.as_bytes()];
+    let inputs: [&[u8]; 2] = [debian.as_bytes(), PACKAGE.as_bytes()];
     let name = format!("kernel-{line}");
     if renew {
         cache.discard(&name, &inputs)?;
     }
     let folder = cache.folder(&name, &inputs, |folder| {
-        let archive = Archive::of_release(&folder.join("apt"), debian, target.debian)?;
-        let depends = archive.dependencies(&package)?;
+        let archive = Archive::open(&folder.join("apt"), &[debian], false)?;
+        let depends = archive.dependencies(PACKAGE)?;
         let image = depends.iter().find(|package| package.starts_with("linux-image-"));
-        let image = image.with_context(|| format!("{package} of {debian} names no kernel"))?;
+        let image = image.with_context(|| format!("{PACKAGE} of {debian} names no kernel"))?;
         announce(&format!("{image} of Debian's {debian}, into the cache only"));
         // Newer ones are in two packages, of which this is the sum.
         let parts = archive.dependencies(image)?.into_iter();

@@ -10,11 +10,11 @@ pub(crate) const QEMU_ARM: &str = "qemu-system-aarch64";
 
 pub(crate) const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
-pub(crate) fn certificates() -> anyhow::Result<()> {
+pub(crate) fn qemu() -> anyhow::Result<()> {
     if !Path::new(CERTIFICATES).exists() {
         apt::install("certificates for the guests", &["ca-certificates"], apt::Removal::Never)?;
     }
-    Ok(())
+    emulator(QEMU)
 }
 
 /// One of the emulators above.

@@ -3,6 +3,7 @@
 //! It has the daemon, the libraries of Debian that it is loaded with, and certificates to know AWS by; no shell, nothing else.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -14,10 +15,11 @@ use serde_json::{Value, json};
 use super::{
     VERSION,
     archive::{Archive, gzip},
+    elf::Needs,
     stage::{BINARY, DOCUMENTS, File, make_empty, read},
     sum,
 };
-use crate::{elf::Needs, install, install::CERTIFICATES, target::Target, workspace};
+use crate::{install, install::CERTIFICATES, target::Target, workspace};
 
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -55,13 +57,37 @@ fn layer(files: &[File], needs: &Needs, target: Target, system: &Path, time: u64
         let path = licence.strip_prefix(system)?.to_string_lossy().into_owned();
         layer.file(&path, 0o644, &read(&licence)?)?;
     }
-    let libraries = needs.libraries_in(target, system);
-    let libraries = libraries
-        .context("the daemon needs what no package of xtask/src/install/system.rs has: add the one that does")?;
-    for (path, library) in libraries {
+    let loader = needs.loader.as_deref().context("the daemon names no loader")?;
+    for (name, library) in libraries(needs, target, system)? {
+        // The loader has to be where the daemon says; the others, where the loader looks.
+        let path = if loader.ends_with(&format!("/{name}")) {
+            loader.into()
+        } else {
+            format!("usr/lib/{}/{name}", target.gnu)
+        };
         layer.file(&path, 0o755, &read(&library)?)?;
     }
     layer.finish()
+}
+
+/// What the daemon is loaded with, and what that is loaded with: from file names to files.
+fn libraries(needs: &Needs, target: Target, system: &Path) -> anyhow::Result<BTreeMap<String, PathBuf>> {
+    let folders = ["lib", "usr/lib"].map(|folder| system.join(folder).join(target.gnu));
+    let loader = needs.loader.iter().filter_map(|path| path.rsplit('/').next()).map(str::to_owned);
+    let mut wanted: Vec<String> = needs.libraries.iter().cloned().chain(loader).collect();
+    let mut found = BTreeMap::new();
+    while let Some(name) = wanted.pop() {
+        if found.contains_key(&name) {
+            continue;
+        }
+        let library = folders.iter().map(|folder| folder.join(&name)).find(|path| path.is_file());
+        let library = library.with_context(|| {
+            format!("the daemon needs {name}, which none of the packages in xtask/src/install/system.rs has: add the one that does")
+        })?;
+        wanted.extend(Needs::of(&library)?.libraries);
+        found.insert(name, library);
+    }
+    Ok(found)
 }
 
 /// Those that Debian trusts by default, one after the other.
@@ -154,7 +180,7 @@ fn path(reference: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, io::Read as _};
+    use std::io::Read as _;
 
     use super::*;
 

@@ -9,8 +9,8 @@ use std::{
 use anyhow::Context as _;
 use serde_json::Value;
 
-use super::{VERSION, stage::read};
-use crate::{cargo, elf::Needs, forget_ourselves, install, install::quietly, target::Target, workspace};
+use super::{VERSION, elf::Needs, stage::read};
+use crate::{cargo, forget_ourselves, install, install::quietly, target::Target, workspace};
 
 const PACKAGE: &str = "metadata-proxy";
 const PARTS: &str = "metadata-proxy-parts";

@@ -1,23 +1,21 @@
-//! What a guest boots from: one archive in memory, with a container engine of Debian and what we have built.
+//! What a guest boots from: one archive in memory, with the container engine of this machine and what we have built.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 
 use super::cpio::Archive;
 use crate::build;
-use crate::elf::Needs;
-use crate::install::{CERTIFICATES, Kernel};
-use crate::target::Target;
+use crate::install::{CERTIFICATES, Kernel, ask, find, quietly};
 
 const INIT: &str = include_str!("init.sh");
 const ENGINE: [&str; 4] = ["dockerd", "containerd", "containerd-shim-runc-v2", "runc"];
 /// Shows the filters on a device, which busybox does not.
 const TC: &str = "tc";
-const DAEMON: &str = "metadata-proxy";
-const OURS: [&str; 4] = [DAEMON, "guest", "aws-config-client", "probe"];
+const OURS: [&str; 4] = ["metadata-proxy", "guest", "aws-config-client", "probe"];
 
 /// In the order of their dependencies. No device: the guest's world is its memory.
 const MODULES: [&str; 7] = [
@@ -31,8 +29,8 @@ const MODULES: [&str; 7] = [
     "net/sched/cls_bpf",
 ];
 
-/// The programs, the same for every kernel; those that are not ours are of the system at `root`.
-pub(super) fn programs(target: Target, root: &Path, scratch: &Path) -> anyhow::Result<Vec<u8>> {
+/// The programs, the same for every kernel.
+pub(super) fn programs(scratch: &Path) -> anyhow::Result<Vec<u8>> {
     let mut archive = Archive::default();
     for directory in ["dev", "etc", "opt", "proc", "root", "run", "sys", "tmp", "var/lib", "usr/local/bin"] {
         archive.directory(directory);
@@ -50,27 +48,23 @@ pub(super) fn programs(target: Target, root: &Path, scratch: &Path) -> anyhow::R
     archive.file(CERTIFICATES, 0o644, &read(Path::new(CERTIFICATES))?);
     archive.file("init", 0o755, INIT.as_bytes());
     // A shell and everything else that a machine's own programs are.
-    archive.file("usr/bin/busybox", 0o755, &read(&program(root, "busybox")?)?);
+    let busybox = find("busybox").context("busybox is not installed")?;
+    archive.file("usr/bin/busybox", 0o755, &read(&busybox)?);
     archive.link("usr/bin/sh", "busybox");
 
-    let mut libraries = BTreeMap::new();
+    let mut libraries = BTreeSet::new();
     for name in ENGINE.into_iter().chain([TC]) {
-        let program = program(root, name)?;
-        libraries.extend(Needs::of(&program)?.libraries_in(target, root)?);
+        let program = find(name).with_context(|| format!("{name} is not installed"))?;
+        libraries.extend(libraries_of(&program));
         archive.file(&format!("usr/bin/{name}"), 0o755, &read(&program)?);
     }
     for name in OURS {
-        let program = if name == DAEMON { build::daemon_for(target, false)? } else { build::of_tests(target, name)? };
-        libraries.extend(Needs::of(&program)?.libraries_in(target, root)?);
-        // Without debugging information, which is most of the file.
-        let slim = scratch.join(name);
-        build::strip(target, &program, &slim)?;
-        archive.file(&format!("metadata-proxy/{name}"), 0o755, &read(&slim)?);
+        let program = build::binary("debug", name)?;
+        libraries.extend(libraries_of(&program));
+        archive.file(&format!("metadata-proxy/{name}"), 0o755, &read(&slim(&program, scratch)?)?);
     }
-    for (path, library) in libraries {
-        // `/lib` is a link.
-        let path = if path.starts_with("usr/") { path } else { format!("usr/{path}") };
-        archive.file(&path, 0o755, &read(&library)?);
+    for library in libraries {
+        archive.file(&below_usr(&library)?, 0o755, &read(&library)?);
     }
     Ok(archive.finish())
 }
@@ -89,11 +83,27 @@ pub(super) fn kernel(kernel: &Kernel, arguments: &[&str]) -> anyhow::Result<Vec<
     Ok(archive.finish())
 }
 
-/// A program of the system.
-fn program(root: &Path, name: &str) -> anyhow::Result<PathBuf> {
-    let folders = ["usr/local/bin", "usr/sbin", "usr/bin", "sbin", "bin"].into_iter();
-    let found = folders.map(|folder| root.join(folder).join(name)).find(|path| path.is_file());
-    found.with_context(|| format!("{name} is not installed below {}", root.display()))
+/// A copy without debugging information, which is most of the file.
+fn slim(program: &Path, scratch: &Path) -> anyhow::Result<PathBuf> {
+    let slim = scratch.join(program.file_name().context("a program has no name")?);
+    quietly(Command::new("strip").arg("--strip-debug").arg("-o").arg(&slim).arg(program))?;
+    Ok(slim)
+}
+
+/// Every file that the program is loaded with; a static one has none.
+fn libraries_of(program: &Path) -> Vec<PathBuf> {
+    let text = ask("ldd", &[&program.to_string_lossy()]).unwrap_or_default();
+    text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
+}
+
+/// Where a library lies once `/lib` is a link to `/usr/lib`; by the name that programs ask for.
+fn below_usr(library: &Path) -> anyhow::Result<String> {
+    let (Some(folder), Some(name)) = (library.parent(), library.file_name()) else {
+        bail!("{} is no library", library.display());
+    };
+    let folder = folder.canonicalize().with_context(|| format!("find {}", folder.display()))?;
+    let folder = if folder.starts_with("/usr") { folder } else { Path::new("/usr").join(folder.strip_prefix("/")?) };
+    Ok(folder.join(name).to_string_lossy().into_owned())
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {

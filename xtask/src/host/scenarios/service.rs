@@ -11,7 +11,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario { name: "reload of a wrong file: refused, the old one holds", quick: false, run: refused },
     Scenario { name: "journal: that is a warning, attaching is none", quick: false, run: priorities },
     Scenario { name: "restart under load: no request fails", quick: false, run: restart },
-    Scenario { name: "[[service]]: units have roles of their own, or none", quick: true, run: services },
+    Scenario { name: "[[service]]: units have roles of their own, or none", quick: false, run: services },
     Scenario { name: "kill -9: comes back", quick: false, run: kill },
     Scenario { name: "kill -STOP: the watchdog replaces it", quick: true, run: hang },
     Scenario { name: "a full disk below the audit log: serves", quick: false, run: full_disk },

@@ -1,10 +1,6 @@
 //! What a program or library asks of the system that loads it, read from the file itself: so it works for any processor.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    path::{Path, PathBuf},
-};
+use std::{fmt, path::Path};
 
 use anyhow::{Context as _, ensure};
 use object::{
@@ -12,27 +8,25 @@ use object::{
     read::elf::{Dyn as _, FileHeader as _, ProgramHeader as _},
 };
 
-use crate::target::Target;
-
 /// A version of glibc.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Glibc(u32, u32);
+pub(super) struct Glibc(u32, u32);
 
 /// That of Amazon Linux 2023 and RHEL 9, the oldest that the daemon is to run on.
-pub(crate) const OLDEST: Glibc = Glibc(2, 34);
+pub(super) const OLDEST: Glibc = Glibc(2, 34);
 
 #[derive(Debug, Default)]
-pub(crate) struct Needs {
-    pub(crate) machine: &'static str,
+pub(super) struct Needs {
+    pub(super) machine: &'static str,
     /// The loader, by its path; libraries name none.
-    pub(crate) loader: Option<String>,
-    pub(crate) libraries: Vec<String>,
+    pub(super) loader: Option<String>,
+    pub(super) libraries: Vec<String>,
     /// Of which library which version of its symbols: `libc.so.6`, `GLIBC_2.34`.
-    pub(crate) versions: Vec<(String, String)>,
+    pub(super) versions: Vec<(String, String)>,
 }
 
 impl Needs {
-    pub(crate) fn of(file: &Path) -> anyhow::Result<Self> {
+    pub(super) fn of(file: &Path) -> anyhow::Result<Self> {
         let data = std::fs::read(file).with_context(|| format!("read {}", file.display()))?;
         Self::read(&data).with_context(|| format!("read what {} needs", file.display()))
     }
@@ -70,33 +64,8 @@ impl Needs {
         Ok(needs)
     }
 
-    /// What it is loaded with, and what that is loaded with, below a root of Debian's: from where the loader looks to files.
-    pub(crate) fn libraries_in(&self, target: Target, root: &Path) -> anyhow::Result<BTreeMap<String, PathBuf>> {
-        let folders = ["lib", "usr/lib"].map(|folder| root.join(folder).join(target.gnu));
-        let loader = self.loader.as_deref().unwrap_or_default();
-        let mut wanted: Vec<String> = self.libraries.clone();
-        wanted.extend(loader.rsplit('/').next().filter(|name| !name.is_empty()).map(str::to_owned));
-        let mut found = BTreeMap::new();
-        while let Some(name) = wanted.pop() {
-            // The loader has to be where the program says; the others, where the loader looks.
-            let path = if loader.ends_with(&format!("/{name}")) {
-                loader.trim_start_matches('/').to_owned()
-            } else {
-                format!("usr/lib/{}/{name}", target.gnu)
-            };
-            if found.contains_key(&path) {
-                continue;
-            }
-            let library = folders.iter().map(|folder| folder.join(&name)).find(|path| path.is_file());
-            let library = library.with_context(|| format!("there is no {name} below {}", root.display()))?;
-            wanted.extend(Self::of(&library)?.libraries);
-            found.insert(path, library);
-        }
-        Ok(found)
-    }
-
     /// The newest version of glibc that anything is needed from.
-    pub(crate) fn glibc(&self) -> anyhow::Result<Glibc> {
+    pub(super) fn glibc(&self) -> anyhow::Result<Glibc> {
         let names = self.versions.iter().filter_map(|(_, name)| name.strip_prefix("GLIBC_"));
         let versions = names.map(|name| Glibc::read(name).with_context(|| format!("GLIBC_{name} is no known version")));
         let newest = versions.collect::<anyhow::Result<Vec<_>>>()?.into_iter().max();
@@ -104,7 +73,7 @@ impl Needs {
     }
 
     /// Which symbols are newer than the oldest glibc that there is to be.
-    pub(crate) fn check(&self) -> anyhow::Result<Glibc> {
+    pub(super) fn check(&self) -> anyhow::Result<Glibc> {
         let needed = self.glibc()?;
         let newer = |name: &&(String, String)| {
             name.1.strip_prefix("GLIBC_").and_then(Glibc::read).is_some_and(|version| version > OLDEST)
@@ -170,7 +139,7 @@ mod tests {
 
     #[test]
     fn the_package_asks_for_no_older_one() {
-        let manifest = include_str!("../../metadata-proxy/Cargo.toml");
+        let manifest = include_str!("../../../metadata-proxy/Cargo.toml");
         assert!(manifest.contains(&format!("depends = \"libc6 (>= {OLDEST})\"")));
     }
 

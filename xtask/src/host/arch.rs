@@ -11,12 +11,12 @@ pub(crate) enum Arch {
 
 impl Arch {
     /// This machine's.
-    pub(crate) fn native() -> anyhow::Result<Self> {
+    pub(super) fn native() -> anyhow::Result<Self> {
         Ok(if Target::native()?.debian == "arm64" { Self::Arm64 } else { Self::Amd64 })
     }
 
     /// What programs for it are built for.
-    pub(crate) fn target(self) -> anyhow::Result<Target> {
+    pub(super) fn target(self) -> anyhow::Result<Target> {
         let triple = match self {
             Self::Amd64 => "x86_64-unknown-linux-gnu",
             Self::Arm64 => "aarch64-unknown-linux-gnu",
@@ -24,14 +24,14 @@ impl Arch {
         Target::named(triple).map_err(anyhow::Error::msg)
     }
 
-    pub(crate) fn emulator(self) -> &'static str {
+    pub(super) fn emulator(self) -> &'static str {
         match self {
             Self::Amd64 => QEMU,
             Self::Arm64 => QEMU_ARM,
         }
     }
 
-    pub(crate) fn machine(self) -> &'static str {
+    pub(super) fn machine(self) -> &'static str {
         match self {
             Self::Amd64 => "q35",
             Self::Arm64 => "virt",
@@ -39,7 +39,7 @@ impl Arch {
     }
 
     /// All that the emulator has. To authenticate pointers as Arm's architecture says would be slow to emulate.
-    pub(crate) fn processor(self) -> &'static str {
+    pub(super) fn processor(self) -> &'static str {
         match self {
             Self::Amd64 => "max",
             Self::Arm64 => "max,pauth-impdef=on",
@@ -47,7 +47,7 @@ impl Arch {
     }
 
     /// The kernel's name of the first serial port.
-    pub(crate) fn console(self) -> &'static str {
+    pub(super) fn console(self) -> &'static str {
         match self {
             Self::Amd64 => "ttyS0",
             Self::Arm64 => "ttyAMA0",
