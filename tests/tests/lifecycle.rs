@@ -296,7 +296,7 @@ async fn detach_removes_everything_and_gives_the_real_service_back() -> Result<(
 #[tokio::test(flavor = "multi_thread")]
 async fn detach_removes_what_it_can_and_names_the_rest() -> Result<()> {
     // The mount point of another cannot be removed.
-    const KEPT: &str = "/sys/fs/bpf/metadata-proxy/v3/links-busy";
+    const KEPT: &str = "/sys/fs/bpf/metadata-proxy/v4/links-busy";
     let stage = Stage::start().await?;
     let container = resident(&stage, "host", Network::Host).await?;
     let mount = format!("mkdir {KEPT} && mount --bind {KEPT} {KEPT}");
@@ -306,7 +306,7 @@ async fn detach_removes_what_it_can_and_names_the_rest() -> Result<()> {
     for words in [
         "a daemon is running (it answers at /run/metadata-proxy/admin.sock)",
         &format!("cannot remove {KEPT}: "),
-        "removed /sys/fs/bpf/metadata-proxy/v3/maps/SETTINGS",
+        "removed /sys/fs/bpf/metadata-proxy/v4/maps/SETTINGS",
         "not everything could be removed",
     ] {
         assert!(said.contains(words), "no {words:?} in {said}");

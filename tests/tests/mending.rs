@@ -45,16 +45,16 @@ async fn whatever_is_left_of_the_pins_the_next_daemon_mends() -> Result<()> {
     each_has_its_role(&stage, &containers, "the first start").await?;
     for left in [
         // A start that was cut short before its last links, or a detach after its first.
-        "rm v3/links-*/imds_connect6 v3/links-*/imds_connect4",
-        "rm v3/links-*/imds_getpeername* v3/links-*/imds_sock_ops",
-        "rm v3/links-*/imds_cgroup_made",
-        "rm v3/links-*/*",
+        "rm v4/links-*/imds_connect6 v4/links-*/imds_connect4",
+        "rm v4/links-*/imds_getpeername* v4/links-*/imds_sock_ops",
+        "rm v4/links-*/imds_cgroup_made",
+        "rm v4/links-*/*",
         // Maps that a detach has removed and others that it has not.
-        "rm v3/maps/FLOWS v3/maps/CLIENTS",
-        "rm v3/links-*/* v3/maps/*",
+        "rm v4/maps/FLOWS v4/maps/CLIENTS",
+        "rm v4/links-*/* v4/maps/*",
         // Directories and nothing in them; nothing at all.
-        "rm v3/links-*/* v3/maps/*; rmdir v3/links-* v3/maps",
-        "rm -r v3",
+        "rm v4/links-*/* v4/maps/*; rmdir v4/links-* v4/maps",
+        "rm -r v4",
     ] {
         stage.daemon.kill().await?;
         shell(&stage, &format!("cd {PINS}; {left}"))?;
@@ -85,7 +85,7 @@ async fn links_that_somebody_has_detached_the_next_daemon_makes_anew() -> Result
     // Theirs are in the place of those.
     stage.replace_daemon(daemon_options()).await?;
     ensure!(!stage.daemon.log()?.contains("was no longer attached"), "{}", stage.daemon.log()?);
-    shell(&stage, &format!("test $(ls {PINS}/v3/links-*/ | wc -l) = 9"))
+    shell(&stage, &format!("test $(ls {PINS}/v4/links-*/ | wc -l) = 9"))
 }
 
 /// Beside the tests.
@@ -100,7 +100,7 @@ async fn the_programs_of_another_layout_are_replaced_without_a_gap() -> Result<(
     let containers = containers(&stage).await?;
     stage.daemon.kill().await?;
     // As a daemon with another layout has left them. Theirs go when ours are in place.
-    shell(&stage, &format!("mv {PINS}/v3 {PINS}/v0"))?;
+    shell(&stage, &format!("mv {PINS}/v4 {PINS}/v0"))?;
     // Many at a time, for each is held while no daemon is there.
     let asking = "while sleep 0.02; do { timeout 9 wget -qO- http://169.254.169.254/latest/meta-data/ami-id 2>&1; echo; } & done";
     let mut askers = Vec::new();
@@ -126,5 +126,5 @@ async fn the_programs_of_another_layout_are_replaced_without_a_gap() -> Result<(
             request.target
         );
     }
-    shell(&stage, &format!("test ! -e {PINS}/v0 && test -e {PINS}/v3"))
+    shell(&stage, &format!("test ! -e {PINS}/v0 && test -e {PINS}/v4"))
 }

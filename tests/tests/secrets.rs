@@ -180,8 +180,19 @@ async fn secrets_are_in_the_answer_and_nowhere_else() -> Result<()> {
         sleep(Duration::from_millis(20)).await;
     }
     let maps = bpf::dump_maps(&stage, &[stage.daemon.pid(), open.pid().await?])?;
-    let names =
-        ["SETTINGS", "CGROUPS", "NESTED", "LISTENERS", "OURS", "CLIENTS", "ACCEPTED", "FLOWS", "WANTED", "COUNTERS"];
+    let names = [
+        "SETTINGS",
+        "CGROUPS",
+        "NESTED",
+        "HOSTS",
+        "LISTENERS",
+        "OURS",
+        "CLIENTS",
+        "ACCEPTED",
+        "FLOWS",
+        "WANTED",
+        "COUNTERS",
+    ];
     for name in names {
         let (_, content) = maps.iter().find(|(map, _)| map == name).with_context(|| format!("no map {name}"))?;
         // Flows are gone once they are accepted, listeners that are opened ahead are not wanted, and no container

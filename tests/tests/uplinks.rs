@@ -17,7 +17,7 @@ fn run(command: &mut Command) -> Result<()> {
 }
 
 fn pins(host: &TestHost) -> Result<Vec<String>> {
-    let listed = host.command("ls").arg("/sys/fs/bpf/metadata-proxy/v3/uplinks").output()?;
+    let listed = host.command("ls").arg("/sys/fs/bpf/metadata-proxy/v4/uplinks").output()?;
     Ok(String::from_utf8(listed.stdout)?.lines().map(str::to_owned).collect())
 }
 
@@ -241,7 +241,7 @@ async fn an_interface_in_a_containers_own_network_is_guarded() -> Result<()> {
 
     // One with another layout of its maps, that cannot know the containers yet, leaves them guarded.
     ensure!(pins(&host)?.len() == 3, "{:?}", pins(&host)?);
-    run(host.command("mv").args(["/sys/fs/bpf/metadata-proxy/v3", "/sys/fs/bpf/metadata-proxy/v0"]))?;
+    run(host.command("mv").args(["/sys/fs/bpf/metadata-proxy/v4", "/sys/fs/bpf/metadata-proxy/v0"]))?;
     let mut upgraded = host.daemon(daemon_options().arg("--docker-host").arg("unix:///nowhere.sock"))?;
     upgraded.wait_for("its attachment", Duration::from_secs(20), |log| log.contains("attached: ")).await?;
     run(host.command("test").args(["!", "-e", "/sys/fs/bpf/metadata-proxy/v0"]))?;
